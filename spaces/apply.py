@@ -1,0 +1,116 @@
+"""Puts a configuration into a live model: packed operators in place of layers, nothing in place
+of what is dropped."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.kernels.formats import StoredWeight
+from apportion.kernels.group import members as group_members
+from apportion.kernels.registry import implementation
+from apportion.spaces.grammar import Option
+from apportion.spaces.sites import Member, Site
+from apportion.spaces.space import DENSE, DROP, Space
+
+Stored = Callable[[Site, Option], Sequence[StoredWeight]]
+
+
+class Dropped(nn.Module):
+    """Stands where a sub-block or block was and does nothing.
+
+    It returns its input where the sub-block added its own residual, zeros otherwise, in the form
+    that the caller expects. Where a key-value cache is handed in, the dropped layer's entry grows
+    by empty keys, because models read the sequence length from the cache's first layer.
+    """
+
+    def __init__(self, site: Site, replaced: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+        self.layer_indices = [
+            index
+            for module in replaced.modules()
+            if isinstance(index := getattr(module, "layer_idx", None), int)
+        ][:1]
+        for name, value in vars(replaced).items():
+            # Models read such attributes of their blocks ("attention_type" in Qwen).
+            if isinstance(value, str | int | float) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        """Return what the dropped module would have returned, had it added nothing."""
+        hidden = next(a for a in (*args, *keywords.values()) if isinstance(a, Tensor))
+        cache = keywords.get("past_key_values")
+        if cache is not None:
+            empty = hidden.new_empty(hidden.shape[0], 1, hidden.shape[1], 0)
+            for index in self.layer_indices:
+                cache.update(empty, empty, index)
+        output = hidden if self.site.residual_inside else torch.zeros_like(hidden)
+        if self.site.output == "tuple":
+            return (output, *[None] * (self.site.output_length - 1))
+        return output
+
+
+def drop(model: nn.Module, site: Site) -> None:
+    """Replace a structure site's module, in place."""
+    model.set_submodule(site.name, Dropped(site, model.get_submodule(site.name)))
+
+
+def member_weight(model: nn.Module, member: Member) -> Tensor:
+    """The dense weight of a member as a matrix `[out, in]`."""
+    weight = model.get_submodule(member.module).weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{member.module} holds no weight")
+    matrix = weight.T if member.transposed else weight
+    return matrix.reshape(member.shape.out_features, member.shape.in_features)
+
+
+def bias_of(model: nn.Module, module: str) -> Tensor | None:
+    """The bias `[out]` of a layer, or None."""
+    bias = getattr(model.get_submodule(module), "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def install(
+    model: nn.Module,
+    modules: Sequence[str],
+    stored: Sequence[StoredWeight],
+    biases: Sequence[Tensor | None],
+    implementation_name: str,
+) -> None:
+    """Put one operator that serves all members in the place of their layers, in place."""
+    operator = implementation(implementation_name).build(stored, biases)
+    for path, member in zip(modules, group_members(operator, len(modules)), strict=True):
+        model.set_submodule(path, member)
+
+
+def apply(
+    model: nn.Module,
+    space: Space,
+    configuration: Mapping[str, str],
+    stored: Stored,
+    implementations: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Realize a configuration in `model`, in place; what it names dense is left untouched.
+
+    Args:
+        model: the dense model.
+        space: the space that the configuration belongs to.
+        configuration: site name -> option text; sites left out stay neutral.
+        stored: gives the packed weights of a site's members under an option.
+        implementations: site name -> option text -> name of the implementation that serves it.
+    """
+    canonical = space.canonical(configuration)
+    for place, site in enumerate(space.sites):
+        text = canonical[site.name]
+        if site.is_structure or text == DENSE or space.void(space.config(canonical), place):
+            continue
+        option = space.options[place][space.texts[place].index(text)]
+        biases = [bias_of(model, member.module) for member in site.members]
+        modules = [member.module for member in site.members]
+        install(model, modules, stored(site, option), biases, implementations[site.name][text])
+    for site in space.sites:
+        # A sub-block under a dropped block is gone with it: the canonical text says keep there.
+        if canonical[site.name] == DROP:
+            drop(model, site)

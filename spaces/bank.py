@@ -1,0 +1,106 @@
+"""The bank: every realized option, made once, named by what it was made from."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from apportion.errors import ApportionError
+from apportion.hashing import content_hash
+from apportion.kernels.formats import Format, LayerShape, StoredWeight
+from apportion.spaces.grammar import Option
+
+# Part of every entry's name: raise it when a compressor gives other numbers than before
+# (tests/spaces/test_bank.py holds a golden entry that notices).
+COMPRESSOR_VERSION = 1
+
+
+def entry_key(
+    weights_hash: str,
+    option: Option,
+    statistics_hash: str | None,
+    model_dtype: str,
+    rank_multiple: int,
+) -> str:
+    """The content-addressed name of a site's weights under an option."""
+    made_from = [weights_hash, str(option), statistics_hash, model_dtype, rank_multiple]
+    return content_hash([COMPRESSOR_VERSION, *made_from])
+
+
+class Bank:
+    """A folder of realized options, one safetensors file each: whole entries only.
+
+    An entry holds the packed tensors of all members of a site, named `MEMBER.TENSOR`, and in its
+    header the members' formats and shapes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether the entry is there."""
+        return self._path(key).is_file()
+
+    def bytes(self, key: str) -> int:
+        """Size of an entry's file; 0 if it is not there."""
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else 0
+
+    def put(self, key: str, stored: Sequence[StoredWeight]) -> None:
+        """Write an entry: it appears whole or not at all.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{place}.{name}": tensor.contiguous()
+            for place, member in enumerate(stored)
+            for name, tensor in member.tensors.items()
+        }
+        header = [{"format": m.format.to_json(), "shape": m.shape.to_json()} for m in stored]
+        content = save(tensors, metadata={"members": json.dumps(header)})
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def get(self, key: str) -> list[StoredWeight]:
+        """Read an entry, memory-mapped.
+
+        Raises:
+            ApportionError: the entry is missing or damaged.
+        """
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["members"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
+        return [
+            StoredWeight(
+                Format.from_json(member["format"]),
+                LayerShape.from_json(member["shape"]),
+                {
+                    name.partition(".")[2]: tensor
+                    for name, tensor in tensors.items()
+                    if name.partition(".")[0] == str(place)
+                },
+            )
+            for place, member in enumerate(header)
+        ]

@@ -1,0 +1,226 @@
+"""An option applied to one weight: which methods, in which order, stored how, or refused why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
+
+import torch
+from torch import Tensor
+
+from apportion.errors import InvalidInput
+from apportion.kernels.formats import Format, LayerShape, StoredWeight
+from apportion.kernels.packing import pack_codes, pack_mask
+from apportion.kernels.reference import reference_weight
+from apportion.spaces.compressors.factorize import low_rank, rank_of
+from apportion.spaces.compressors.quantize import quantize
+from apportion.spaces.compressors.residual import residual_pair
+from apportion.spaces.compressors.sparsify import keep_largest, keep_wanda
+from apportion.spaces.grammar import WITHOUT_STATISTICS, Option, unrealized
+
+NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DEFAULTS = {"s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}
+FALLBACKS = {"s": "magnitude", "r": "svd", "w": "rtn", "residual": "svd"}
+RANK_MULTIPLE = 8
+
+
+@dataclass
+class InputStatistics:
+    """What calibration saw enter a layer.
+
+    Args:
+        second_moment: float64 [in, in], the sum of x x^T over tokens.
+        tokens: How many tokens were summed.
+    """
+
+    second_moment: Tensor
+    tokens: int
+
+
+def effective_methods(option: Option, has_statistics: bool) -> dict[str, str]:
+    """The method of every step: the one asked for, else the default.
+
+    Defaults: s wanda, r and residual whitened, w rtn. Where a layer has no statistics (an unfolded
+    convolution may have none) the defaults are s magnitude, r and residual svd, w rtn.
+
+    Raises:
+        InvalidInput: A method that needs statistics was asked for and there are none.
+    """
+    asked = dict(option.methods)
+    for step, method in asked.items():
+        if not has_statistics and method not in (*WITHOUT_STATISTICS, "rtn"):
+            raise InvalidInput(
+                f'option "{option}": {method} needs calibration statistics and this layer has none;'
+                f" ask for {FALLBACKS[step]}, or for no method"
+            )
+    defaults = DEFAULTS if has_statistics else FALLBACKS
+    return {step: asked.get(step, defaults[step]) for step in option.steps}
+
+
+def refusal(option: Option, shape: LayerShape, rank_multiple: int = RANK_MULTIPLE) -> str | None:
+    """Why `option` cannot be had for a layer of `shape`, with what fits; None if it can."""
+    if reason := unrealized(option):
+        return reason
+    if option.is_structure:
+        return f"{option} is for blocks and sub-blocks, not for a weight"
+    inputs = shape.in_features
+    if option.group is not None and inputs % option.group:
+        fitting = ", ".join(_fitting_groups(option, inputs))
+        return f"group {option.group} does not divide {inputs} inputs; nearest: {fitting}"
+    if option.rank_percent is not None or option.residual_rank is not None:
+        return _rank_refusal(option, shape, rank_multiple)
+    return None
+
+
+def _fitting_groups(option: Option, inputs: int) -> list[str]:
+    """The option with the nearest smaller and larger group that divides `inputs`, at least 8."""
+    groups = [group for group in range(8, inputs + 1) if inputs % group == 0]
+    wanted = option.group or 0
+    nearest = [group for group in groups if group < wanted][-1:]
+    nearest += [group for group in groups if group > wanted][:1]
+    if not nearest:
+        return [str(replace(option, group=None, symmetric=option.bits == 8))]
+    return [str(replace(option, group=group)) for group in nearest]
+
+
+def _rank_refusal(option: Option, shape: LayerShape, rank_multiple: int) -> str | None:
+    out, inputs = shape.out_features, shape.in_features
+    if shape.conv is not None:
+        step = "rP%" if option.rank_percent is not None else "+rK"
+        return f"{step} is not realized for convolutions; sP%, wN and both together are"
+    if option.residual_rank is not None:
+        if option.residual_rank < min(out, inputs):
+            return None
+        most = min(out, inputs) - 1
+        told = f"; at most: {replace(option, residual_rank=most)}" if most else ""
+        return f"a residual of rank {option.residual_rank} does not fit [{out}, {inputs}]{told}"
+    rank = rank_of(option.rank_percent or Decimal(0), out, inputs, rank_multiple)
+    if rank >= 1 and rank * (out + inputs) < out * inputs:
+        return None
+    least = Decimal(100 * rank_multiple * (out + inputs)) / (out * inputs)
+    percent = least.quantize(Decimal("0.1"), ROUND_CEILING)
+    told = f"; nearest: {replace(option, rank_percent=percent)}" if percent < 100 else ""
+    return (
+        f"{option} of [{out}, {inputs}] is no rank that is a multiple of {rank_multiple} and"
+        f" saves parameters{told}"
+    )
+
+
+def format_of(
+    option: Option, shape: LayerShape, model_dtype: str, rank_multiple: int = RANK_MULTIPLE
+) -> Format:
+    """How a layer of `shape` is stored under `option`.
+
+    Args:
+        option: An option that is not refused.
+        shape: The layer.
+        model_dtype: "float32", "bfloat16" or "float16"; what `dense` means.
+        rank_multiple: Ranks of rP% are multiples of it.
+
+    Raises:
+        InvalidInput: The option is refused.
+    """
+    if reason := refusal(option, shape, rank_multiple):
+        raise InvalidInput(f'option "{option}": {reason}')
+    rank = None
+    if option.rank_percent is not None:
+        sizes = (shape.out_features, shape.in_features)
+        rank = rank_of(option.rank_percent, *sizes, rank_multiple)
+    return Format(
+        dtype=NAMED_DTYPES.get(option.name or "", model_dtype),
+        bits=option.bits,
+        group=option.group,
+        symmetric=option.symmetric,
+        activation_bits=option.activation_bits,
+        sparse=option.sparsity is not None,
+        rank=rank,
+        residual_rank=option.residual_rank,
+    )
+
+
+def realize(
+    weight: Tensor,
+    shape: LayerShape,
+    option: Option,
+    statistics: InputStatistics | None,
+    model_dtype: str,
+    rank_multiple: int = RANK_MULTIPLE,
+) -> StoredWeight:
+    """`option` done to one weight.
+
+    Args:
+        weight: float32 [out, in].
+        shape: The layer.
+        option: What to do.
+        statistics: Of the layer's inputs; None: methods fall back as `effective_methods` says.
+        model_dtype: dtype of what the option leaves as it is.
+        rank_multiple: Ranks of rP% are multiples of it.
+
+    Raises:
+        InvalidInput: The option is refused, or weight or statistics are not finite.
+    """
+    format = format_of(option, shape, model_dtype, rank_multiple)
+    _check(weight, shape, statistics)
+    weight = weight.detach().float()
+    methods = effective_methods(option, statistics is not None)
+    moment = None if statistics is None else statistics.second_moment
+    if format.rank is not None:
+        whitening = moment if methods["r"] == "whitened" else None
+        pair = low_rank(weight, format.rank, whitening)
+        return StoredWeight(format, shape, _named(("left", "right"), pair, format.torch_dtype))
+    kept = _kept(weight, option, methods, moment)
+    plain = replace(format, residual_rank=None)
+    stored = StoredWeight(plain, shape, _entries(weight, plain, kept, moment))
+    if format.residual_rank is None:
+        return stored
+    whitening = moment if methods["residual"] == "whitened" else None
+    repair = residual_pair(weight, reference_weight(stored), format.residual_rank, whitening)
+    names = ("residual_left", "residual_right")
+    return StoredWeight(format, shape, stored.tensors | _named(names, repair, torch.bfloat16))
+
+
+def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None) -> None:
+    expected = (shape.out_features, shape.in_features)
+    if tuple(weight.shape) != expected:
+        raise InvalidInput(f"weight is {list(weight.shape)}, its layer {list(expected)}")
+    if not weight.isfinite().all():
+        raise InvalidInput("weight holds values that are not finite (NaN or infinite)")
+    if statistics is None:
+        return
+    if tuple(statistics.second_moment.shape) != (expected[1], expected[1]):
+        sizes = list(statistics.second_moment.shape)
+        raise InvalidInput(f"statistics are {sizes}, the layer has {expected[1]} inputs")
+    if not statistics.second_moment.isfinite().all():
+        raise InvalidInput("calibration inputs hold values that are not finite (NaN or infinite)")
+
+
+def _kept(
+    weight: Tensor, option: Option, methods: Mapping[str, str], moment: Tensor | None
+) -> Tensor | None:
+    """bool [out, in], the weights that sP% leaves; None where nothing is removed."""
+    if not isinstance(option.sparsity, Decimal):
+        return None
+    if methods["s"] == "wanda" and moment is not None:
+        return keep_wanda(weight, option.sparsity, moment)
+    return keep_largest(weight, option.sparsity)
+
+
+def _entries(
+    weight: Tensor, format: Format, kept: Tensor | None, moment: Tensor | None
+) -> dict[str, Tensor]:
+    """The tensors of everything but low rank and residual."""
+    mask = {} if kept is None else {"mask": pack_mask(kept.flatten())}
+    if format.bits is None:
+        name = "weight" if kept is None else "values"
+        values = weight if kept is None else weight[kept]
+        return mask | {name: values.to(format.torch_dtype, copy=True).contiguous()}
+    importance = None if moment is None else moment.diagonal()
+    quantized = quantize(weight, format.bits, format.group, format.symmetric, kept, importance)
+    codes = quantized.codes.flatten() if kept is None else quantized.codes[kept]
+    zero = {} if quantized.zero is None else {"zero": quantized.zero}
+    return mask | {"codes": pack_codes(codes, format.bits), "scale": quantized.scale} | zero
+
+
+def _named(
+    names: tuple[str, str], pair: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return {name: factor.to(dtype).contiguous() for name, factor in zip(names, pair, strict=True)}

@@ -1,0 +1,41 @@
+"""Which weights are removed: an exact number of them, the least important first."""
+
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+
+def removed_count(percent: Decimal, weights: int) -> int:
+    """round(percent of `weights`), half to even, computed exactly."""
+    return round(percent * weights / 100)
+
+
+def keep_largest(weight: Tensor, percent: Decimal) -> Tensor:
+    """bool [out, in], False where |w| is among the smallest of the whole matrix (magnitude)."""
+    order = weight.abs().flatten().argsort(stable=True)
+    kept = torch.ones(weight.numel(), dtype=torch.bool)
+    kept[order[: removed_count(percent, weight.numel())]] = False
+    return kept.reshape(weight.shape)
+
+
+def keep_wanda(weight: Tensor, percent: Decimal, second_moment: Tensor) -> Tensor:
+    """bool [out, in], False where |w| * ||x|| is among the smallest of its output row.
+
+    Wanda (Sun and others, 2023). Where the number of removed weights is not a multiple of the
+    rows, those rows lose one weight more for which it scores least.
+
+    Args:
+        weight: [out, in].
+        percent: The percentage of weights removed.
+        second_moment: [in, in], the sum of x x^T; its diagonal holds the squared norms ||x||^2.
+    """
+    rows, inputs = weight.shape
+    scores = weight.abs().double() * second_moment.diagonal().clamp_min(0).sqrt()
+    each, more = divmod(removed_count(percent, weight.numel()), rows)
+    scores, order = scores.sort(dim=1, stable=True)
+    removed = torch.arange(inputs).expand(rows, inputs) < each
+    if more:
+        unlucky = scores[:, each].argsort(stable=True)[:more]
+        removed[unlucky, each] = True
+    return torch.ones_like(removed).scatter(1, order, ~removed)

@@ -1,0 +1,242 @@
+"""The option grammar: what can be done to a site, as text and as a value.
+
+`option = dense | f32 | bf16 | fp16 | keep | drop | op:NAME | step(+step)*`. One option has one
+spelling: `parse_option` and `str` are exact inverses, anything else is refused with the right one.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from apportion.errors import InvalidInput
+
+STRUCTURE_NAMES = ("keep", "drop")
+NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
+STEPS = ("c", "s", "r", "w", "residual")
+ORDER = ", ".join(STEPS)
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "c": (),
+    "s": ("magnitude", "wanda"),
+    "r": ("svd", "whitened"),
+    "w": ("rtn",),
+    "residual": ("svd", "whitened"),
+}
+WITHOUT_STATISTICS = ("magnitude", "svd")
+REALIZED_BITS = (2, 3, 4, 8)
+
+_OPERATION = re.compile(r"op:([A-Za-z0-9_.-]+)")
+_STEP = re.compile(
+    r"(?:(?P<percent_step>[csr])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
+    r"|(?P<kept>[0-9]{1,9}):(?P<of>[0-9]{1,9})"
+    r"|w(?P<bits>[0-9]{1,9})(?:a(?P<activation_bits>[0-9]{1,9}))?"
+    r"(?:g(?P<group>[0-9]{1,9})(?P<symmetric>s?))?"
+    r"|r(?P<residual_rank>[0-9]{1,9}))"
+    r"(?::(?P<method>[^+:]*))?"
+)
+_FORMS = {"c": "cP%", "s": "sP%", "r": "rP%, or rK at the end", "w": "wN[a8][gK[s]]"}
+_SPELLINGS = (*NAMES, "op:NAME", "c75%", "s50%", "2:4", "r50%", "r16", "w2g64", "w3g64", "w4",
+              "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Option:
+    """One treatment of a site. Made by `parse_option`; `str` gives the canonical text."""
+
+    name: str | None = None
+    operation: str | None = None
+    keep_percent: Decimal | None = None
+    sparsity: Decimal | tuple[int, int] | None = None
+    """The percentage of weights removed, or (n, m): n of every m weights are kept."""
+    rank_percent: Decimal | None = None
+    bits: int | None = None
+    activation_bits: int | None = None
+    group: int | None = None
+    """Inputs per scale; None: one scale per output channel."""
+    symmetric: bool = False
+    """No zero point: every 8-bit option, and below 8 bits those with `s` after the group."""
+    residual_rank: int | None = None
+    methods: tuple[tuple[str, str], ...] = ()
+    """(step, method) in the order of `STEPS`, only those that were asked for."""
+
+    def __str__(self) -> str:
+        if self.name is not None:
+            return self.name
+        if self.operation is not None:
+            return f"op:{self.operation}"
+        methods = dict(self.methods)
+        texts = ((step, self._step(step)) for step in STEPS)
+        return "+".join(
+            f"{text}:{methods[step]}" if step in methods else text for step, text in texts if text
+        )
+
+    def _step(self, step: str) -> str:
+        """The text of one step without its method; empty where the option has no such step."""
+        if step == "s" and isinstance(self.sparsity, tuple):
+            return "{}:{}".format(*self.sparsity)
+        percent = {"c": self.keep_percent, "s": self.sparsity, "r": self.rank_percent}.get(step)
+        if isinstance(percent, Decimal):
+            return f"{step}{percent.normalize():f}%"
+        if step == "residual" and self.residual_rank is not None:
+            return f"r{self.residual_rank}"
+        if step != "w" or self.bits is None:
+            return ""
+        activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        group = "" if self.group is None else f"g{self.group}"
+        suffix = "s" if self.symmetric and self.group is not None and self.bits < 8 else ""
+        return f"w{self.bits}{activations}{group}{suffix}"
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that this option has, in their order; none for named options."""
+        return tuple(step for step in STEPS if self._step(step))
+
+    @property
+    def is_structure(self) -> bool:
+        """True for `keep` and `drop`, the options of structure sites."""
+        return self.name in STRUCTURE_NAMES
+
+    @property
+    def needs_statistics(self) -> bool:
+        """True where the realized weights depend on input statistics, if there are some."""
+        methods = dict(self.methods)
+        return any(methods.get(step) not in WITHOUT_STATISTICS for step in self.steps)
+
+
+def parse_option(text: str) -> Option:
+    """The option that `text` spells.
+
+    Raises:
+        InvalidInput: `text` is no option; names the part that is wrong and what would be right.
+    """
+    if text in NAMES:
+        return Option(name=text)
+    if text.startswith("op:"):
+        match = _OPERATION.fullmatch(text)
+        if match is None:
+            raise _wrong(text, "op: is followed by a name of letters, digits, _, . and -")
+        return Option(operation=match[1])
+    fields: dict[str, Any] = {}
+    methods: dict[str, str] = {}
+    seen: list[str] = []
+    for part in text.split("+"):
+        step, values, method = _parse_step(text, part)
+        if step in seen:
+            raise _wrong(text, f"two {step} steps; an option has each step at most once")
+        seen.append(step)
+        fields |= values
+        if method is not None:
+            methods[step] = method
+    option = Option(**fields, methods=tuple((s, methods[s]) for s in STEPS if s in methods))
+    _check_whole(text, option, seen)
+    return option
+
+
+def _check_whole(text: str, option: Option, seen: list[str]) -> None:
+    if seen == ["residual"]:
+        rank = option.residual_rank
+        raise _wrong(
+            text, f"a residual repairs the steps before it: w4g64+r{rank}; a rank alone is r50%"
+        )
+    if seen != sorted(seen, key=STEPS.index):
+        raise _wrong(text, f"steps go in the order {ORDER}: {option}")
+    if str(option) != text:
+        raise _wrong(text, f"write {option}")
+
+
+def _parse_step(text: str, part: str) -> tuple[str, dict[str, Any], str | None]:
+    """(step, fields of the option, method) of one part between plus signs."""
+    match = _STEP.fullmatch(part)
+    if match is None:
+        raise _wrong(text, _unknown(text, part))
+    if match["percent"] is not None:
+        step = match["percent_step"]
+        field = {"c": "keep_percent", "s": "sparsity", "r": "rank_percent"}[step]
+        values: dict[str, Any] = {field: _percent(text, part, match["percent"])}
+    elif match["kept"] is not None:
+        step, values = "s", {"sparsity": _pattern(text, part, match["kept"], match["of"])}
+    elif match["bits"] is not None:
+        step, values = "w", _weight_fields(text, part, match)
+    else:
+        step, values = "residual", {"residual_rank": int(match["residual_rank"])}
+        if values["residual_rank"] < 1:
+            raise _wrong(text, "a rank is at least 1", part)
+    return step, values, _method(text, part, step, match["method"])
+
+
+def _percent(text: str, part: str, digits: str) -> Decimal:
+    percent = Decimal(digits)
+    if not 0 < percent < 100:
+        raise _wrong(text, "a percentage lies between 0 and 100, both excluded", part)
+    return percent
+
+
+def _pattern(text: str, part: str, kept: str, of: str) -> tuple[int, int]:
+    if not 0 < int(kept) < int(of):
+        raise _wrong(text, "N:M keeps N of M weights, 0 < N < M, such as 2:4", part)
+    return int(kept), int(of)
+
+
+def _weight_fields(text: str, part: str, match: re.Match[str]) -> dict[str, Any]:
+    bits, group = int(match["bits"]), match["group"]
+    if not 1 <= bits <= 8:
+        raise _wrong(text, "weights have 1 to 8 bits", part)
+    if match["activation_bits"] not in (None, "8"):
+        raise _wrong(text, f"activations have 8 bits: w{bits}a8", part)
+    if group is not None and int(group) < 1:
+        raise _wrong(text, f"a group has at least 1 input: w{bits}g64", part)
+    return {
+        "bits": bits,
+        "activation_bits": match["activation_bits"] and 8,
+        "group": group and int(group),
+        "symmetric": bits == 8 or match["symmetric"] == "s",
+    }
+
+
+def _method(text: str, part: str, step: str, method: str | None) -> str | None:
+    if method is None or method in METHODS[step]:
+        return method
+    known = ", ".join(METHODS[step])
+    reason = f"known for {step}: {known}" if known else f"{step} takes no method"
+    raise _wrong(text, f'unknown method "{method}"; {reason}', part)
+
+
+def _unknown(text: str, part: str) -> str:
+    nearest = difflib.get_close_matches(part.strip().lower(), _SPELLINGS, n=2, cutoff=0.4)
+    form = _FORMS.get(part[:1].lower(), "")
+    told = [f"the step is spelled {form}"] if form else []
+    told += [f"nearest: {', '.join(nearest)}"] if nearest else []
+    known = f"an option is one of {', '.join(NAMES)}, op:NAME, or steps {ORDER} joined by +"
+    if text != part and part in NAMES:
+        return f'"{part}" stands alone and takes no steps'
+    return f'"{part}" is no option; {"; ".join(told) or known}'
+
+
+def _wrong(text: str, reason: str, part: str | None = None) -> InvalidInput:
+    where = "" if part is None or part == text else f'"{part}": '
+    return InvalidInput(f'option "{text}": {where}{reason}')
+
+
+def unrealized(option: Option) -> str | None:
+    """Why this version does not realize `option`, though the grammar has it; None if it does."""
+    if option.name == "fp16":
+        return "fp16 is not realized yet; realized: f32, bf16"
+    if option.operation is not None:
+        return f"{option}: choice blocks (op:NAME) are not realized yet"
+    if option.keep_percent is not None:
+        return f"{option}: keeping a share of channels (cP%) is not realized yet"
+    if isinstance(option.sparsity, tuple):
+        return f"{option}: N:M sparsity is not realized yet; realized: sP%"
+    if option.rank_percent is not None and len(option.steps) > 1:
+        alone = replace(option, sparsity=None, bits=None, group=None, residual_rank=None)
+        alone = replace(alone, activation_bits=None, symmetric=False, methods=())
+        return f"{option}: rank together with other steps is not realized yet; realized: {alone}"
+    if option.bits is not None and option.bits not in REALIZED_BITS:
+        return f"{option}: {option.bits} bits are not realized yet; realized: w2, w3, w4, w8"
+    if option.activation_bits is not None and (option.steps != ("w",) or option.group is not None):
+        return f"{option}: int8 activations are realized only as w8a8"
+    if option.activation_bits is not None and option.bits != 8:
+        return f"{option}: int8 activations are realized only with 8-bit weights: w8a8"
+    return None

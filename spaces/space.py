@@ -1,0 +1,289 @@
+"""Spaces: the ordered sites, the ordered options of each, and configurations of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from apportion.errors import InvalidInput
+from apportion.spaces.compressors.compose import refusal
+from apportion.spaces.grammar import Option, parse_option, unrealized
+from apportion.spaces.sites import Site
+
+Config = tuple[int, ...]
+Configuration = dict[str, str]
+
+DENSE, KEEP, DROP = "dense", "keep", "drop"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One `[[space]]` entry of a study file: patterns of sites and the options they get.
+
+    `skip_unfit` leaves an option out where it does not fit instead of refusing the file.
+    """
+
+    sites: tuple[str, ...]
+    options: tuple[str, ...]
+    skip_unfit: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """The sites that have a choice, in tree order, and their options.
+
+    `options[i][0]` is always the neutral one: `dense` of a weight site, `keep` of a structure site.
+    """
+
+    sites: tuple[Site, ...]
+    options: tuple[tuple[Option, ...], ...]
+
+    @cached_property
+    def names(self) -> dict[str, int]:
+        """Site name -> place."""
+        return {site.name: place for place, site in enumerate(self.sites)}
+
+    @cached_property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The options of each site as text."""
+        return tuple(tuple(str(option) for option in row) for row in self.options)
+
+    @cached_property
+    def parent(self) -> tuple[int, ...]:
+        """Place of the innermost structure site of this space around each site; -1: none."""
+        return tuple(self._parent(site) for site in self.sites)
+
+    def _parent(self, site: Site) -> int:
+        owner = site.name if site.is_structure else site.members[0].module
+        around = [
+            place
+            for place, other in enumerate(self.sites)
+            if other.is_structure and owner.startswith(other.name + ".")
+        ]
+        return max(around, key=lambda place: len(self.sites[place].name), default=-1)
+
+    def index(self, name: str) -> int:
+        """Place of a site. Raises InvalidInput with the nearest name."""
+        if name not in self.names:
+            near = get_close_matches(name, self.names, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise InvalidInput(f'no site "{name}" in this space{hint}')
+        return self.names[name]
+
+    def config(self, configuration: Mapping[str, str]) -> Config:
+        """Indices of a configuration on paper; sites that it leaves out stay neutral.
+
+        Raises:
+            InvalidInput: an unknown site, or an option that the site does not have.
+        """
+        places = [0] * len(self.sites)
+        for name, text in configuration.items():
+            site = self.index(name)
+            if text not in self.texts[site]:
+                known = ", ".join(self.texts[site])
+                raise InvalidInput(f'site {name} has no option "{text}"; it has {known}')
+            places[site] = self.texts[site].index(text)
+        return tuple(places)
+
+    def configuration(self, config: Sequence[int]) -> Configuration:
+        """Site name -> option text, canonical: what lies under a dropped site is neutral."""
+        return {
+            site.name: self.texts[place][0 if self.void(config, place) else config[place]]
+            for place, site in enumerate(self.sites)
+        }
+
+    def canonical(self, configuration: Mapping[str, str]) -> Configuration:
+        """The configuration with everything under a dropped site made neutral."""
+        return self.configuration(self.config(configuration))
+
+    def void(self, config: Sequence[int], place: int) -> bool:
+        """Whether a site lies under a dropped one."""
+        above = self.parent[place]
+        while above >= 0:
+            if self.texts[above][config[above]] == DROP:
+                return True
+            above = self.parent[above]
+        return False
+
+    @property
+    def weight_sites(self) -> list[int]:
+        """Places of the sites that hold weights."""
+        return [place for place, site in enumerate(self.sites) if not site.is_structure]
+
+    def without(self, struck: Mapping[str, Sequence[str]]) -> "Space":
+        """The space less the struck options; neutral ones cannot be struck."""
+        options = tuple(
+            tuple(
+                option
+                for place, option in enumerate(row)
+                if place == 0 or str(option) not in struck.get(site.name, ())
+            )
+            for site, row in zip(self.sites, self.options, strict=True)
+        )
+        return Space(self.sites, options)
+
+    def uniform(self, text: str, stored_bytes: Sequence[Mapping[str, int]]) -> Config:
+        """`text` at every weight site that has it, the next dearer option elsewhere.
+
+        Args:
+            text: a weight option.
+            stored_bytes: for each site, option text -> bytes of the site stored so.
+
+        Raises:
+            InvalidInput: no site has the option.
+        """
+        share = [
+            stored_bytes[place][text] / self.sites[place].weights
+            for place in self.weight_sites
+            if text in self.texts[place]
+        ]
+        if not share:
+            raise InvalidInput(f'no site of this space has the option "{text}"')
+        bytes_per_weight = sum(share) / len(share)
+        config = [0] * len(self.sites)
+        for place in self.weight_sites:
+            config[place] = self._next_dearer(place, text, bytes_per_weight, stored_bytes[place])
+        return tuple(config)
+
+    def _next_dearer(
+        self, place: int, text: str, bytes_per_weight: float, stored_bytes: Mapping[str, int]
+    ) -> int:
+        texts = self.texts[place]
+        if text in texts:
+            return texts.index(text)
+        floor = bytes_per_weight * self.sites[place].weights
+        dearer = [t for t in texts if stored_bytes[t] >= floor]
+        return texts.index(min(dearer, key=lambda t: stored_bytes[t], default=DENSE))
+
+
+def site_matches(site: Site, pattern: str) -> bool:
+    """Whether a pattern names a site: by its name, a member's name, or `kind:name`."""
+    names = [site.name, *(member.module for member in site.members)]
+    if ":" in pattern:
+        kind, _, pattern = pattern.partition(":")
+        if kind != site.kind:
+            return False
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: int = 8) -> Space:
+    """The space of a study file: for each site the options of the first entry that matches.
+
+    A pattern that names a structure site gives its weight options to every weight site below it.
+    Sites without a choice are left out: they stay dense.
+
+    Raises:
+        InvalidInput: unknown or unfit options, patterns that match nothing; one problem a line.
+    """
+    problems: list[str] = []
+    chosen_sites: list[Site] = []
+    chosen_options: list[tuple[Option, ...]] = []
+    parsed = _parse_entries(entries, problems)
+    matched: set[tuple[int, str]] = set()
+    unfit: dict[tuple[int, str], list[str]] = {}
+    for site in sites:
+        found = _entry_of(site, sites, entries, parsed, matched)
+        if found is None:
+            continue
+        options = [o for o in parsed[found] if o.is_structure == site.is_structure]
+        fitting = []
+        for option in options:
+            reason = _reason(site, option, rank_multiple)
+            if reason is None:
+                fitting.append(option)
+            elif not entries[found].skip_unfit:
+                unfit.setdefault((found, str(option)), []).append(reason)
+        neutral = parse_option(KEEP if site.is_structure else DENSE)
+        chosen_sites.append(site)
+        chosen_options.append((neutral, *(o for o in fitting if o != neutral)))
+    for (entry, text), reasons in unfit.items():
+        count = f"{len(reasons)} site" + ("s" if len(reasons) > 1 else "")
+        problems.append(f'space[{entry + 1}].options: "{text}" does not fit {count}: {reasons[0]}')
+    problems += _unmatched(sites, entries, matched)
+    if problems:
+        raise InvalidInput("\n".join(problems))
+    return Space(tuple(chosen_sites), tuple(chosen_options))
+
+
+def _parse_entries(entries: Sequence[Entry], problems: list[str]) -> list[list[Option]]:
+    parsed: list[list[Option]] = []
+    for number, entry in enumerate(entries, 1):
+        options: list[Option] = []
+        for text in entry.options:
+            try:
+                option = parse_option(text)
+            except InvalidInput as error:
+                problems.append(f"space[{number}].options: {error}")
+                continue
+            reason = unrealized(option)
+            if reason is not None:
+                problems.append(f'space[{number}].options: "{text}": {reason}')
+            elif option not in options:
+                options.append(option)
+        parsed.append(options)
+    return parsed
+
+
+def _entry_of(
+    site: Site,
+    sites: Sequence[Site],
+    entries: Sequence[Entry],
+    parsed: Sequence[Sequence[Option]],
+    matched: set[tuple[int, str]],
+) -> int | None:
+    """The first entry with an option for this kind of site one of whose patterns names it."""
+    decided: int | None = None
+    around = [s for s in sites if s.is_structure and _lies_in(site, s)]
+    for number, entry in enumerate(entries):
+        fits = any(option.is_structure == site.is_structure for option in parsed[number])
+        for pattern in entry.sites:
+            direct = site_matches(site, pattern) and not (site.optional and pattern == "*")
+            below = not site.is_structure and any(site_matches(s, pattern) for s in around)
+            if direct or (below and fits):
+                matched.add((number, pattern))
+                if fits and decided is None:
+                    decided = number
+    return decided
+
+
+def _lies_in(site: Site, structure: Site) -> bool:
+    return bool(site.members) and site.members[0].module.startswith(structure.name + ".")
+
+
+def _reason(site: Site, option: Option, rank_multiple: int) -> str | None:
+    found = (refusal(option, member.shape, rank_multiple) for member in site.members)
+    return next((reason for reason in found if reason is not None), None)
+
+
+def _unmatched(
+    sites: Sequence[Site], entries: Sequence[Entry], matched: set[tuple[int, str]]
+) -> list[str]:
+    names = [n for s in sites for n in (s.name, f"{s.kind}:{s.name}")]
+    kinds = sorted({f"{s.kind}:*" for s in sites})
+    candidates = sorted({_generalized(name) for name in names}) + kinds
+    problems = []
+    for number, entry in enumerate(entries):
+        for pattern in entry.sites:
+            if (number, pattern) in matched or entry.skip_unfit:
+                continue
+            near = get_close_matches(pattern, candidates, n=1, cutoff=0.5)
+            hint = ""
+            if near:
+                count = sum(site_matches(s, near[0]) for s in sites)
+                hint = f'; nearest: "{near[0]}" ({count} site{"s" if count != 1 else ""})'
+            problems.append(f'space[{number + 1}].sites: "{pattern}" matches no site{hint}')
+    return problems
+
+
+def _generalized(name: str) -> str:
+    """A pattern that a user would write for this name: "*.self_attn.*" or "*.mlp"."""
+    kind, colon, path = name.rpartition(":")
+    parts = path.split(".")
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    if not numbered:
+        return name
+    rest = parts[numbered[-1] + 1 :]
+    if not rest:
+        return f"{kind}{colon}*"
+    return f"{kind}{colon}*.{rest[0]}.*" if len(rest) > 1 else f"{kind}{colon}*.{rest[0]}"

@@ -1,0 +1,1 @@
+"""The revisions, in a line; none imports the tables of today."""

@@ -1,0 +1,220 @@
+"""Every implementation against the reference definition, on each kind of format it serves."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apportion.kernels.formats import ConvGeometry, Format, LayerShape, StoredWeight
+from apportion.kernels.group import resident_bytes
+from apportion.kernels.reference import ReferenceLayer, quantize_tokens, reference_weight
+from apportion.kernels.registry import IMPLEMENTATIONS
+
+W8A8 = Format("float32", 8, symmetric=True, activation_bits=8)
+FORMATS = {
+    "f32": Format("float32"),
+    "bf16": Format("bfloat16"),
+    "fp16": Format("float16"),
+    "w4g32": Format("float32", 4, 32),
+    "w4g64 of bf16": Format("bfloat16", 4, 64),
+    "w4g64s": Format("float32", 4, 64, symmetric=True),
+    "w3": Format("float32", 3),
+    "w8": Format("float32", 8, symmetric=True),
+    "w8a8": W8A8,
+    "w8a8 of bf16": Format("bfloat16", 8, symmetric=True, activation_bits=8),
+    "s60%": Format("float32", sparse=True),
+    "s60%+w2g32": Format("float32", 2, 32, sparse=True),
+    "w4g32+r4": Format("float32", 4, 32, residual_rank=4),
+    "r": Format("float32", rank=24),
+    "r of bf16": Format("bfloat16", rank=24),
+    "r of fp16": Format("float16", rank=24),
+}
+LINEAR = (LayerShape(48, 128), LayerShape(16, 128), LayerShape(32, 128))
+WIDE = ConvGeometry((3, 3), (2, 1), (1, 1), (1, 1))
+POINT = ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1))
+GROUPED = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 2), groups=2)
+CONVS = (
+    (LayerShape(10, 288, WIDE), LayerShape(6, 32, POINT)),
+    (LayerShape(6, 288, GROUPED),),
+)
+CASES = [
+    pytest.param(name, format, shapes, id=f"{name}-{label}-{len(shapes)}x{shapes[0].in_features}")
+    for shapes in (LINEAR, LINEAR[:1], *CONVS)
+    for label, format in FORMATS.items()
+    for name, each in IMPLEMENTATIONS.items()
+    if each.refuses(format, shapes, "cpu") is None
+]
+
+
+def tolerance(name: str, dtype: torch.dtype) -> float:
+    """Of the output's norm; outputs in 16 bits are rounded to them."""
+    return 1e-2 if name.endswith(("bf16", "fp16")) or dtype != torch.float32 else 1e-6
+
+
+def example(shapes: tuple[LayerShape, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    if shapes[0].conv is None:
+        return torch.randn(2, 5, shapes[0].in_features).to(dtype)
+    channels = shapes[0].in_features * shapes[0].conv.groups
+    height, width = shapes[0].conv.kernel
+    return torch.randn(2, channels // (height * width), 6, 7).to(dtype)
+
+
+def group(
+    name: str, format: Format, shapes: tuple[LayerShape, ...], store: Any
+) -> tuple[nn.Module, list[ReferenceLayer]]:
+    """The built operator, its first member with a bias, the next without, and its reference."""
+    weights = [store(format, shape, seed) for seed, shape in enumerate(shapes)]
+    biases = [torch.randn(s.out_features) if i % 2 == 0 else None for i, s in enumerate(shapes)]
+    references = [
+        ReferenceLayer(reference_weight(weight), bias, format, weight.shape)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return IMPLEMENTATIONS[name].build(weights, biases), references
+
+
+def assert_close(found: Tensor, expected: Tensor, bound: float) -> None:
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= bound
+
+
+@pytest.mark.parametrize(("name", "format", "shapes"), CASES)
+def test_outputs_are_those_of_the_reference(
+    name: str, format: Format, shapes: tuple[LayerShape, ...], store: Any
+) -> None:
+    operator, references = group(name, format, shapes, store)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = example(shapes, dtype)
+        for found, reference in zip(operator(x), references, strict=True):
+            assert_close(found, reference(x), tolerance(name, dtype))
+
+
+@pytest.mark.parametrize(("name", "format", "shapes"), CASES)
+def test_a_token_never_sees_another(
+    name: str, format: Format, shapes: tuple[LayerShape, ...], store: Any
+) -> None:
+    operator, references = group(name, format, shapes, store)
+    x = example(shapes)
+    other = x.clone()
+    kept = (0,) if shapes[0].conv else (0, slice(0, 3))
+    other[1] = 50 * torch.randn_like(x[1])
+    if shapes[0].conv is None:
+        other[0, 3:] *= 1000
+    layers = [operator, *(lambda x, r=r: (r(x),) for r in references)]
+    for layer in layers:
+        for before, after in zip(layer(x), layer(other), strict=True):
+            assert torch.equal(before[kept], after[kept])
+            assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("name", "format", "shapes"), CASES)
+def test_copies_run_without_the_original(
+    name: str, format: Format, shapes: tuple[LayerShape, ...], store: Any
+) -> None:
+    operator, _ = group(name, format, shapes, store)
+    x = example(shapes)
+    copied = copy.deepcopy(operator)
+    expected = [part.clone() for part in operator(x)]
+    assert resident_bytes(copied) == resident_bytes(operator) > 0
+    del operator
+    for found, wanted in zip(copied(x), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+LINEAR_CASES = [case for case in CASES if case.values[2] is LINEAR]
+
+
+@pytest.mark.parametrize(("name", "format", "shapes"), LINEAR_CASES)
+def test_any_layout_of_the_input_gives_the_same(
+    name: str, format: Format, shapes: tuple[LayerShape, ...], store: Any
+) -> None:
+    operator, references = group(name, format, shapes, store)
+    rows = torch.randn(128, 6)
+    inputs = (rows[:, 0], rows.t()[:1], rows.t(), rows.t().reshape(3, 2, 128).transpose(0, 1))
+    for x in inputs:
+        for found, reference in zip(operator(x), references, strict=True):
+            assert_close(found, reference(x), tolerance(name, torch.float32))
+
+
+@pytest.mark.parametrize(("name", "format", "shapes"), LINEAR_CASES)
+def test_input_stays_as_it_was(
+    name: str, format: Format, shapes: tuple[LayerShape, ...], store: Any
+) -> None:
+    operator, _ = group(name, format, shapes, store)
+    x = torch.randn(3, 128)
+    before = x.clone()
+    first = [part.clone() for part in operator(x)]
+    assert torch.equal(x, before)
+    assert all(map(torch.equal, first, operator(x)))
+
+
+@pytest.mark.parametrize("inputs", [32, 1000])
+def test_integer_sums_are_exact(inputs: int, store: Any) -> None:
+    shape = LayerShape(16, inputs)
+    stored = store(W8A8, shape)
+    stored.tensors["scale"].fill_(1)
+    codes = reference_weight(stored)
+    x = torch.randint(-127, 128, (7, inputs)).float()
+    x[:, 0] = 127
+    (y,) = IMPLEMENTATIONS["int8.onednn"].build([stored], [None])(x)
+    assert torch.equal(y.long(), x.long() @ codes.long().t())
+
+
+def test_worst_integer_sums_do_not_saturate(store: Any) -> None:
+    stored = StoredWeight(
+        W8A8,
+        LayerShape(16, 512),
+        {
+            "codes": torch.full((16 * 512,), 255, dtype=torch.uint8),
+            "scale": torch.ones(16, 1, dtype=torch.bfloat16),
+        },
+    )
+    (y,) = IMPLEMENTATIONS["int8.onednn"].build([stored], [None])(torch.full((3, 512), 127.0))
+    assert torch.equal(y, torch.full((3, 16), 127.0 * 127 * 512))
+
+
+def test_activations_are_rounded_as_in_the_reference() -> None:
+    from apportion.kernels.integer_linear import unsigned_tokens
+
+    x = torch.randn(500, 64) * torch.logspace(-20, 20, 500)[:, None]
+    x[:, :8] = x.abs().amax(-1, keepdim=True) * torch.arange(8) / 254  # halves: ties
+    codes, scale = unsigned_tokens(x)
+    expected, expected_scale = quantize_tokens(x)
+    assert torch.equal(codes.float() - 128, expected) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("name", ["int8.onednn"])
+def test_silent_tokens_give_the_bias(name: str, store: Any) -> None:
+    bias = torch.randn(48)
+    operator = IMPLEMENTATIONS[name].build([store(W8A8, LINEAR[0])], [bias])
+    x = torch.randn(4, 128)
+    x[2] = 0
+    assert torch.equal(operator(x)[0][2], bias)
+
+
+def test_activations_that_are_not_finite_are_not_hidden(store: Any) -> None:
+    operator = IMPLEMENTATIONS["int8.onednn"].build([store(W8A8, LINEAR[0])], [None])
+    for spoiled in (float("nan"), float("inf")):
+        x = torch.randn(2, 128)
+        x[0, 5] = spoiled
+        y = operator(x)[0]
+        assert not y[0].isfinite().any() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("label", ["w4g32", "w8"])
+def test_integers_stay_packed(label: str, store: Any) -> None:
+    name = {"w4g32": "int4pack.bf16", "w8": "int8pack.bf16"}[label]
+    operator, _ = group(name, FORMATS[label], LINEAR, store)
+    dense, _ = group("linear.bf16", FORMATS[label], LINEAR, store)
+    assert resident_bytes(operator) < resident_bytes(dense)
+
+
+def test_fewer_bytes_are_held_the_lower_the_rank(store: Any) -> None:
+    sizes = [
+        resident_bytes(group("low_rank.f32", Format("float32", rank=rank), LINEAR, store)[0])
+        for rank in (8, 16, 24)
+    ]
+    assert all(small < large for small, large in pairwise(sizes))

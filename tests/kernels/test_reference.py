@@ -1,0 +1,141 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apportion.errors import ApportionError
+from apportion.kernels.formats import ConvGeometry, Format, LayerShape, StoredWeight
+from apportion.kernels.packing import pack_codes, pack_mask
+from apportion.kernels.reference import (
+    ReferenceLayer,
+    integer_rows,
+    quantize_tokens,
+    reference_weight,
+)
+
+W8A8 = Format("float32", 8, symmetric=True, activation_bits=8)
+
+
+def tensor(values: Any, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def test_codes_stand_for_scale_times_distance_plus_zero() -> None:
+    codes = pack_codes(tensor([0, 1, 2, 3, 3, 2, 1, 0], torch.uint8), 2)
+    scale, zero = tensor([[1.0, 2.0], [0.5, 4.0]]), tensor([[0.0, 10.0], [1.0, 0.0]])
+    stored = StoredWeight(
+        Format("float32", 2, group=2),
+        LayerShape(2, 4),
+        {"codes": codes, "scale": scale, "zero": zero},
+    )
+    expected = [[-2.0, -1.0, 10.0, 12.0], [1.5, 1.0, -4.0, -8.0]]
+    assert reference_weight(stored).tolist() == expected
+
+
+def test_sparse_codes_stand_where_the_mask_is_set() -> None:
+    mask = pack_mask(tensor([[0, 1, 1], [1, 0, 0]], torch.bool).flatten())
+    codes = pack_codes(tensor([0, 15, 8], torch.uint8), 4)
+    scale, zero = tensor([[1.0], [2.0]]), tensor([[0.5], [3.0]])
+    tensors = {"mask": mask, "codes": codes, "scale": scale, "zero": zero}
+    stored = StoredWeight(Format("float32", 4, sparse=True), LayerShape(2, 3), tensors)
+    assert reference_weight(stored).tolist() == [[0.0, -7.5, 7.5], [3.0, 0.0, 0.0]]
+
+
+def test_sparse_values_stand_row_by_row() -> None:
+    tensors = {
+        "mask": pack_mask(tensor([0, 1, 1, 0], torch.bool)),
+        "values": tensor([5.0, 6.0], torch.float32),
+    }
+    stored = StoredWeight(Format("float32", sparse=True), LayerShape(2, 2), tensors)
+    assert reference_weight(stored).tolist() == [[0.0, 5.0], [6.0, 0.0]]
+
+
+def test_residual_is_added() -> None:
+    tensors = {
+        "weight": torch.ones(2, 2),
+        "residual_left": tensor([[1.0], [2.0]]),
+        "residual_right": tensor([[3.0, 4.0]]),
+    }
+    stored = StoredWeight(Format("float32", residual_rank=1), LayerShape(2, 2), tensors)
+    assert reference_weight(stored).tolist() == [[4.0, 5.0], [7.0, 9.0]]
+
+
+def test_pair_is_its_product(store: Any) -> None:
+    stored = store(Format("float32", rank=3), LayerShape(5, 7))
+    exact = stored.tensors["left"].double() @ stored.tensors["right"].double()
+    assert torch.allclose(reference_weight(stored).double(), exact, atol=1e-7)
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9))
+def test_tokens_are_quantized_to_the_nearest(row: list[float]) -> None:
+    codes, scale = quantize_tokens(torch.tensor([row]))
+    assert codes.abs().max() <= 127 and torch.equal(codes, codes.round())
+    largest = max(map(abs, row))
+    assert torch.all((codes * scale - torch.tensor([row])).abs() <= 0.50001 * scale)
+    assert largest < 1e-30 or math.isclose(float(scale), largest / 127, rel_tol=1e-6)
+
+
+def test_zero_token_gives_its_bias() -> None:
+    weight = torch.arange(-4.0, 4.0).view(2, 4)
+    layer = ReferenceLayer(weight, tensor([1.0, 2.0], torch.float32), W8A8, LayerShape(2, 4))
+    assert layer(torch.zeros(3, 4)).tolist() == [[1.0, 2.0]] * 3
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-128, 127), min_size=4, max_size=4), st.floats(1e-20, 1e20))
+def test_integer_rows_are_recovered(codes: list[int], scale: float) -> None:
+    weight = torch.tensor([codes]).float() * torch.tensor(scale).bfloat16().float()
+    whole, found = integer_rows(weight)
+    assert torch.equal(whole * found, weight) and whole.abs().max() <= max(map(abs, codes))
+    assert torch.equal(whole, whole.round())
+
+
+def test_integer_activations_refuse_other_weights() -> None:
+    with pytest.raises(ApportionError, match="one 8-bit scale per row"):
+        ReferenceLayer(torch.randn(4, 4), None, W8A8, LayerShape(4, 4))
+
+
+@pytest.mark.parametrize("inputs", [64, 1024, 3000])
+def test_integer_sums_are_exact(inputs: int) -> None:
+    codes = torch.randint(90, 128, (6, inputs))
+    x = torch.randint(90, 128, (5, inputs)).float()
+    x[:, 0] = 127
+    layer = ReferenceLayer(codes.float() * 0.5, None, W8A8, LayerShape(6, inputs))
+    exact = (x.long() @ codes.t()).double() * 0.5
+    assert torch.equal(layer(x), exact.float())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_layer_computes_in_its_dtype_and_keeps_that_of_its_input(dtype: str) -> None:
+    format, weight, bias = Format(dtype), torch.randn(6, 8), torch.randn(6)
+    x = torch.randn(2, 3, 8)
+    y = ReferenceLayer(weight, bias, format, LayerShape(6, 8))(x)
+    kind = format.torch_dtype
+    expected = torch.nn.functional.linear(x.to(kind), weight.to(kind), bias.to(kind))
+    assert y.dtype == torch.float32 and torch.equal(y, expected.float())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layer_is_the_convolution_it_stands_for(groups: int) -> None:
+    conv = torch.nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups)
+    geometry = ConvGeometry((3, 2), (2, 1), (1, 0), (1, 2), groups)
+    weight = conv.weight.detach().flatten(1)
+    shape = LayerShape(6, weight.shape[1], geometry)
+    layer = ReferenceLayer(weight, conv.bias, Format("float32"), shape)
+    x = torch.randn(2, 4, 7, 8)
+    assert torch.allclose(layer(x), conv(x), atol=1e-6)
+
+
+def test_integer_convolution_scales_each_image() -> None:
+    codes = torch.randint(-127, 128, (3, 18)).float()
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
+    layer = ReferenceLayer(codes * 0.25, torch.ones(3), W8A8, LayerShape(3, 18, geometry))
+    x = torch.randint(-126, 127, (2, 2, 5, 5)).double()
+    x[:, 0, 0, 0] = 127
+    exact = torch.nn.functional.conv2d(x, codes.double().view(3, 2, 3, 3), padding=1) * 0.25 + 1
+    assert torch.equal(layer(x.float()), exact.float())
+    x[1] *= 7
+    assert torch.equal(layer(x.float())[0], exact[0].float())

@@ -1,0 +1,191 @@
+"""Options done to one weight: stored tensors, bytes, methods and refusals."""
+
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+import torch
+
+from apportion.errors import InvalidInput
+from apportion.kernels.formats import ConvGeometry, LayerShape, stored_bytes
+from apportion.kernels.packing import unpack_mask
+from apportion.kernels.reference import reference_weight
+from apportion.spaces.compressors.compose import (
+    InputStatistics,
+    effective_methods,
+    format_of,
+    realize,
+    refusal,
+)
+from apportion.spaces.compressors.quantize import quantize
+from apportion.spaces.grammar import parse_option
+
+SHAPE = LayerShape(48, 64)
+CONV = LayerShape(16, 72, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1)))
+REALIZED = """dense f32 bf16 w2 w2g32 w3g64 w4g16 w4g32s w8 w8g32 w8a8 s50% s62.5%:magnitude
+r50%:svd r50% w4g64+r4 s50%+r8 s60%+w3g64 s50%:wanda+w4g32s:rtn+r4:svd s50%+w8""".split()
+
+
+def _case(shape=SHAPE, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    inputs = shape.in_features
+    mix = torch.randn(inputs, inputs, generator=random, dtype=torch.float64)
+    x = torch.randn(300, inputs, generator=random, dtype=torch.float64) @ mix
+    weight = torch.randn(shape.out_features, inputs, generator=random) * 0.1
+    return weight, InputStatistics(x.T @ x, 300)
+
+
+def _realize(text, shape=SHAPE, dtype="float32", seen=True):
+    weight, statistics = _case(shape)
+    return realize(weight, shape, parse_option(text), statistics if seen else None, dtype)
+
+
+def _output_error(text, **more):
+    weight, statistics = _case()
+    lost = weight.double() - reference_weight(_realize(text, **more)).double()
+    return float(((lost @ statistics.second_moment) * lost).sum())
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("text", [text for text in REALIZED if ":" not in text])
+def test_realize_stores_the_bytes_its_format_promises(text, seen):
+    stored = _realize(text, seen=seen)
+    assert stored.format == format_of(parse_option(text), SHAPE, "float32")
+    nonzeros = None
+    if stored.format.sparse:
+        nonzeros = int(unpack_mask(stored.tensors["mask"], SHAPE.weights).sum())
+    total = sum(tensor.nbytes for tensor in stored.tensors.values())
+    assert total == stored_bytes(stored.format, SHAPE, nonzeros)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("text", REALIZED)
+def test_realize_is_near_in_its_outputs_in_every_model_dtype(text, dtype):
+    weight, statistics = _case()
+    energy = ((weight.double() @ statistics.second_moment) * weight).sum()
+    # rank 8 of a random 48 x 64 matrix must lose 0.58; a wrong layout or scale loses 1 and more
+    assert _output_error(text, dtype=dtype) < 0.65 * energy
+
+
+@pytest.mark.parametrize("text, dtype", [("dense", "float32"), ("f32", "bfloat16")])
+def test_realize_dense_is_exact_and_owns_its_memory(text, dtype):
+    weight, _ = _case()
+    stored = realize(weight, SHAPE, parse_option(text), None, dtype)
+    assert torch.equal(stored.tensors["weight"], weight)
+    assert stored.tensors["weight"].data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("text", ["w2g32", "w3", "w4g32s", "w8", "w8a8"])
+def test_realize_stores_exactly_what_the_search_computed(text):
+    weight, statistics = _case()
+    option = parse_option(text)
+    importance = statistics.second_moment.diagonal()
+    found = quantize(weight, option.bits, option.group, option.symmetric, None, importance)
+    size = option.group or SHAPE.in_features
+    values = (found.codes.float() - 2 ** (option.bits - 1)) * _wide(found.scale, size)
+    if found.zero is not None:
+        values += _wide(found.zero, size)
+    assert torch.equal(reference_weight(_realize(text)), values)
+
+
+def _wide(per_group, size):
+    return per_group.float().repeat_interleave(size, 1)
+
+
+@pytest.mark.parametrize("text", ["s62.5%", "s62.5%:magnitude", "s62.5%+w4g32"])
+def test_realize_sparse_keeps_the_exact_count(text):
+    stored = _realize(text)
+    assert int(unpack_mask(stored.tensors["mask"], SHAPE.weights).sum()) == 1152
+    assert int(torch.count_nonzero(reference_weight(stored))) <= 1152
+
+
+@pytest.mark.parametrize("base", ["w2g32", "s60%", "s50%+w3g32"])
+def test_realize_residual_repairs_and_whitening_repairs_more(base):
+    unrepaired, plain, whitened = (
+        _output_error(base + end) for end in ("", "+r8:svd", "+r8:whitened")
+    )
+    assert whitened < plain < unrepaired
+
+
+def test_realize_defaults_use_statistics():
+    assert _output_error("s50%") < _output_error("s50%:magnitude")
+    assert _output_error("r50%") < _output_error("r50%:svd")
+    assert _output_error("w2g32") < _output_error("w2g32", seen=False)
+
+
+def test_effective_methods_falls_back_without_statistics():
+    option = parse_option("s50%+w4+r8")
+    assert effective_methods(option, True) == {"s": "wanda", "w": "rtn", "residual": "whitened"}
+    assert effective_methods(option, False) == {"s": "magnitude", "w": "rtn", "residual": "svd"}
+
+
+@pytest.mark.parametrize("text", ["s50%:wanda", "r50%:whitened", "w4+r8:whitened"])
+def test_effective_methods_refuses_asked_methods_without_statistics(text):
+    with pytest.raises(InvalidInput, match="needs calibration statistics"):
+        effective_methods(parse_option(text), False)
+
+
+@pytest.mark.parametrize(
+    "text, shape, reason",
+    [
+        ("w4g96", LayerShape(8, 2048), "group 96 does not divide 2048 inputs; nearest: w4g64, w4g"),
+        ("s50%+w3g48s", SHAPE, "group 48 does not divide 64 inputs; nearest: s50%+w3g32s, s50%+w"),
+        ("w4g128", LayerShape(8, 96), "nearest: w4g96"),
+        ("w4g16s", LayerShape(8, 7), "nearest: w4"),
+        ("r5%", SHAPE, "a multiple of 8 and saves parameters; nearest: r29.2%"),
+        ("r50%", LayerShape(8, 8), "r50% of [8, 8] is no rank"),
+        ("w4+r48", SHAPE, "rank 48 does not fit [48, 64]; at most: w4+r47"),
+        ("r50%", CONV, "rP% is not realized for convolutions"),
+        ("w4+r8", CONV, "+rK is not realized for convolutions"),
+        ("drop", SHAPE, "drop is for blocks and sub-blocks"),
+        ("2:4", SHAPE, "N:M sparsity is not realized yet"),
+    ],
+)
+def test_refusal_names_the_reason_and_what_fits(text, shape, reason):
+    assert reason in (refusal(parse_option(text), shape) or "")
+    with pytest.raises(InvalidInput, match="option"):
+        format_of(parse_option(text), shape, "float32")
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LayerShape(192, 512), LayerShape(100, 31)])
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+def test_refusal_of_a_rank_names_the_smallest_percentage_that_fits(shape, multiple):
+    reason = refusal(parse_option("r0.001%"), shape, multiple) or ""
+    nearest = parse_option(reason.rpartition("nearest: ")[2])
+    assert format_of(nearest, shape, "float32", multiple).rank == multiple
+    below = replace(nearest, rank_percent=nearest.rank_percent - Decimal("0.1"))
+    assert refusal(below, shape, multiple) is not None
+
+
+@pytest.mark.parametrize("text", ["dense", "w4g8", "w3", "s50%", "s50%+w8", "w8a8"])
+def test_realize_works_on_a_convolution_as_a_matrix(text):
+    weight, _ = _case(CONV)
+    values = reference_weight(_realize(text, shape=CONV, seen=False))
+    assert (values - weight).norm() < 0.6 * weight.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_realize_refuses_what_is_not_finite(value):
+    weight, statistics = _case()
+    bad_weight, bad_moment = weight.clone(), statistics.second_moment.clone()
+    bad_weight[3, 5] = bad_moment[1, 1] = value
+    option = parse_option("w4")
+    with pytest.raises(InvalidInput, match="weight holds values that are not finite"):
+        realize(bad_weight, SHAPE, option, None, "float32")
+    with pytest.raises(InvalidInput, match="calibration inputs hold values"):
+        realize(weight, SHAPE, option, InputStatistics(bad_moment, 300), "float32")
+
+
+def test_realize_refuses_shapes_that_differ_from_the_layer():
+    weight, statistics = _case()
+    with pytest.raises(InvalidInput, match=r"weight is \[64, 48\], its layer \[48, 64\]"):
+        realize(weight.T, SHAPE, parse_option("w4"), None, "float32")
+    with pytest.raises(InvalidInput, match=r"statistics are \[64, 64\]"):
+        realize(weight[:, :32], LayerShape(48, 32), parse_option("w4"), statistics, "float32")
+
+
+@pytest.mark.parametrize("text", ["w2g32", "w4g32s", "w8", "s50%", "s50%+w3", "r50%", "w3+r4"])
+def test_realize_of_zeros_is_zeros(text):
+    _, statistics = _case()
+    stored = realize(torch.zeros(48, 64), SHAPE, parse_option(text), statistics, "float32")
+    assert torch.count_nonzero(reference_weight(stored)) == 0

@@ -1,0 +1,135 @@
+"""The option grammar: parsing and printing are exact inverses, errors name what is right."""
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apportion.errors import InvalidInput
+from apportion.spaces.grammar import METHODS, STEPS, Option, parse_option, unrealized
+
+NAMED = ("dense", "f32", "bf16", "fp16", "keep", "drop")
+percents = st.integers(1, 99_999).map(lambda n: Decimal(n) / 1000)
+patterns = st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
+
+
+@st.composite
+def weight_fields(draw):
+    bits = draw(st.integers(1, 8))
+    group = draw(st.none() | st.integers(1, 4096))
+    symmetric = bits == 8 or (group is not None and draw(st.booleans()))
+    activations = draw(st.sampled_from((None, 8)))
+    return dict(bits=bits, group=group, symmetric=symmetric, activation_bits=activations)
+
+
+FIELDS = {
+    "c": percents.map(lambda p: {"keep_percent": p}),
+    "s": (percents | patterns).map(lambda s: {"sparsity": s}),
+    "r": percents.map(lambda p: {"rank_percent": p}),
+    "w": weight_fields(),
+    "residual": st.integers(1, 999).map(lambda k: {"residual_rank": k}),
+}
+
+
+@st.composite
+def stepped(draw):
+    chosen = draw(st.sets(st.sampled_from(STEPS), min_size=1).filter(lambda s: s != {"residual"}))
+    fields, methods = {}, []
+    for step in (step for step in STEPS if step in chosen):
+        fields |= draw(FIELDS[step])
+        if METHODS[step] and draw(st.booleans()):
+            methods.append((step, draw(st.sampled_from(METHODS[step]))))
+    return Option(**fields, methods=tuple(methods))
+
+
+operations = st.from_regex(r"[A-Za-z0-9_.-]+", fullmatch=True).map(lambda n: Option(operation=n))
+options = st.sampled_from([Option(name=name) for name in NAMED]) | operations | stepped()
+
+
+@given(options)
+def test_parse_of_printed_is_the_same_option(option):
+    assert parse_option(str(option)) == option
+
+
+@given(st.text(alphabet="csrwagbfp0123456789%:+. ", max_size=16))
+def test_parse_of_any_text_prints_it_back_or_is_refused(text):
+    try:
+        assert str(parse_option(text)) == text
+    except InvalidInput as error:
+        assert f'option "{text}"' in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text, option",
+    [
+        ("s62.5%", Option(sparsity=Decimal("62.5"))),
+        ("r50%", Option(rank_percent=Decimal(50))),
+        ("w4+r50", Option(bits=4, residual_rank=50)),
+        ("w4g64s", Option(bits=4, group=64, symmetric=True)),
+        ("w8a8", Option(bits=8, symmetric=True, activation_bits=8)),
+        ("2:4:wanda+w3", Option(sparsity=(2, 4), bits=3, methods=(("s", "wanda"),))),
+    ],
+)
+def test_parse_of_known_texts_fills_the_fields(text, option):
+    assert parse_option(text) == option
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("w4g", '"w4g" is no option; the step is spelled wN[a8][gK[s]]; nearest: w4, w4g64'),
+        ("s150%", "a percentage lies between 0 and 100, both excluded"),
+        ("w4+s150%", '"s150%": a percentage lies between'),
+        ("w4+s50%", "steps go in the order c, s, r, w, residual: s50%+w4"),
+        ("r16+w4g64:rtn", "c, s, r, w, residual: w4g64:rtn+r16"),
+        ("r16", "a residual repairs the steps before it: w4g64+r16; a rank alone is r50%"),
+        ("s50", "nearest: s50%"),
+        ("bf61", "nearest: bf16"),
+        ("w4g64+w8", "two w steps"),
+        ("dense+w4", '"dense" stands alone'),
+        ("s50%:gptq", 'unknown method "gptq"; known for s: magnitude, wanda'),
+        ("s50.0%", "write s50%"),
+        ("w8g64s", "write w8g64"),
+        ("w4g064", "write w4g64"),
+        ("w16", "weights have 1 to 8 bits"),
+        ("w4a4", "activations have 8 bits: w4a8"),
+        ("w4g0", "a group has at least 1 input: w4g64"),
+        ("4:2", "N:M keeps N of M weights"),
+        ("op:", "op: is followed by a name"),
+        ("", "an option is one of dense, f32, bf16"),
+    ],
+)
+def test_parse_of_wrong_text_says_what_is_right(text, told):
+    with pytest.raises(InvalidInput) as error:
+        parse_option(text)
+    assert told in str(error.value)
+
+
+REALIZED = """dense f32 bf16 keep drop w2 w3g64 w4g32s w8 w8g64 w8a8 s50% s50%:magnitude r50%:svd
+r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16"""
+UNREALIZED = "fp16 op:conv c75% c75%+w4 2:4 2:4+w4 r50%+w4 s50%+r50% r50%+r8 w5 w4a8 w8a8g64"
+
+
+@pytest.mark.parametrize("text", REALIZED.split())
+def test_unrealized_says_nothing_of_realized_options(text):
+    assert unrealized(parse_option(text)) is None
+
+
+@pytest.mark.parametrize("text", [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16"])
+def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
+    assert "realized" in (unrealized(parse_option(text)) or "")
+
+
+@pytest.mark.parametrize(
+    "text, needs",
+    [("dense", False), ("bf16", False), ("s50%:magnitude", False), ("r50%:svd", False)]
+    + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)],
+)
+def test_needs_statistics_where_they_change_the_weights(text, needs):
+    assert parse_option(text).needs_statistics is needs
+
+
+def test_is_structure_only_for_keep_and_drop():
+    structures = [name for name in NAMED if parse_option(name).is_structure]
+    assert structures == ["keep", "drop"]

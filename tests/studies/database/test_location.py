@@ -1,0 +1,74 @@
+"""Which addresses are taken for a database."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from apportion.errors import InvalidInput
+from apportion.studies.database.location import database_path, file_system_of
+
+
+def mounts(monkeypatch: pytest.MonkeyPatch, table: list[tuple[str, str]]) -> None:
+    rows = [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in table]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: rows)
+
+
+def test_path_and_address_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a %?#.db"
+    assert database_path(path) == database_path("a %?#.db") == path
+    assert database_path(f"sqlite:///{tmp_path}/b.db") == tmp_path / "b.db"
+
+
+def test_path_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
+    assert database_path(tmp_path / "link.db") == tmp_path / "real.db"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://host/db",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///a?mode=ro",
+        "://",
+        "x://",
+    ],
+)
+def test_address_refused(address: str) -> None:
+    with pytest.raises(InvalidInput, match="or only the path"):
+        database_path(address)
+
+
+def test_password_not_shown() -> None:
+    with pytest.raises(InvalidInput) as error:
+        database_path("postgresql://me:secret@host/db")
+    assert "secret" not in str(error.value)
+
+
+def test_folder_missing(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="there is no folder"):
+        database_path(tmp_path / "missing" / "studies.db")
+
+
+def test_folder_in_place_of_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="is a folder"):
+        database_path(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"])
+def test_network_disk_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    mounts(monkeypatch, [("/", "ext4"), (str(tmp_path), kind)])
+    with pytest.raises(InvalidInput, match=rf"network disk \({kind}\)"):
+        database_path(tmp_path / "studies.db")
+
+
+def test_file_system_is_of_the_deepest_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [("/", "ext4"), ("/a/b", "autofs"), ("/a/b", "xfs"), ("/a", "nfs"), ("/a/bc/d", "9p")]
+    mounts(monkeypatch, table)
+    assert file_system_of(Path("/a/b/c.db")) == "xfs"
+    assert file_system_of(Path("/a/bc/c.db")) == "nfs"
+    assert file_system_of(Path("/ab.db")) == "ext4"
