@@ -1,3 +1,25 @@
 """apportion: give every layer of a PyTorch model the bits, rank and sparsity it deserves."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apportion.spaces.artifact import load
+    from apportion.studies.specification import StudySpec
+    from apportion.studies.study import Study
+
 __version__ = "0.1.0"
+__all__ = ["Study", "StudySpec", "__version__", "load"]
+
+_HOMES = {
+    "Study": "apportion.studies.study",
+    "StudySpec": "apportion.studies.specification",
+    "load": "apportion.spaces.artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import apportion` is fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from apportion.errors import ApportionError, InvalidInput
 from apportion.hashing import canonical_json
@@ -161,6 +161,26 @@ class Store:
         key = {"study_id": study_id, "stage": stage, "round": round}
         return self._json(tables.stage_outputs.c.output, key)
 
+    def stage_seconds(self, study_id: int) -> dict[str, float]:
+        """Seconds that each finished stage took, all its rounds together."""
+        table = tables.stage_outputs
+        query = select(table.c.stage, table.c.seconds).where(table.c.study_id == study_id)
+        seconds: dict[str, float] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(query):
+                seconds[row.stage] = seconds.get(row.stage, 0.0) + row.seconds
+        return seconds
+
+    def forget(self, lease: Lease) -> bool:
+        """Removes a study that has no trials yet; whether it did. Raises LeaseLost."""
+        with self._leased(lease) as connection:
+            if statements.next_number(connection, lease.study_id) > 0:
+                return False
+            outputs = tables.stage_outputs
+            connection.execute(delete(outputs).where(outputs.c.study_id == lease.study_id))
+            connection.execute(delete(studies).where(studies.c.id == lease.study_id))
+        return True
+
     # trials and the solver's state
 
     def record_proposals(
@@ -223,13 +243,12 @@ class Store:
                 row = {"fingerprint": fingerprint, "key": key, "json": canonical_json(value)}
                 statements.insert_new(connection, tables.measurements, row)
 
-    def measurement(self, fingerprint: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Those of the measurements that are stored, by key."""
+    def measurements(self, fingerprint: str) -> dict[str, dict[str, Any]]:
+        """All measurements on the device `fingerprint`, by key."""
         table = tables.measurements
         query = select(table).where(table.c.fingerprint == fingerprint)
         with self._database.reading() as connection:
-            rows = statements.with_keys(connection, query, table.c.key, keys)
-            return {row.key: json.loads(row.json) for row in rows}
+            return {row.key: json.loads(row.json) for row in connection.execute(query)}
 
     @contextmanager
     def _leased(self, lease: Lease) -> Iterator[Connection]:

@@ -1,0 +1,285 @@
+"""The operators of a space: what its options launch, each distinct one once."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.cost_models.harness import Call
+from apportion.hashing import content_hash
+from apportion.kernels.formats import DTYPES, Format, LayerShape, StoredWeight, layout
+from apportion.kernels.group import members as group_members
+from apportion.kernels.packing import pack_mask
+from apportion.kernels.registry import implementation, serving
+from apportion.spaces.apply import bias_of
+from apportion.spaces.compressors.compose import format_of
+from apportion.spaces.compressors.sparsify import removed_count
+from apportion.spaces.grammar import Option
+from apportion.spaces.sites import Site
+from apportion.spaces.space import Space
+
+DEVICE = "cpu"
+ORIGINAL = "dense"
+"""In place of an implementation's name: the model's own layers, called one after another."""
+SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "fp16"}
+MOST_COPIES = 32
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a weight site's layers are called with: the shape and the dtype of their input."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What one site launches under one option; equal operators are measured once.
+
+    Attributes:
+        implementation: its name, or "dense".
+        layers: class names of the model's own layers; empty for any implementation.
+        formats: of the members, as far as the implementation distinguishes them.
+        shapes: of the members.
+        biases: which members have one.
+        given: their input.
+        threads: intra-op threads.
+    """
+
+    implementation: str
+    layers: tuple[str, ...]
+    formats: tuple[Format, ...]
+    shapes: tuple[LayerShape, ...]
+    biases: tuple[bool, ...]
+    given: Given
+    threads: int
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return {
+            "implementation": self.implementation,
+            "layers": list(self.layers),
+            "formats": [f.to_json() for f in self.formats],
+            "shapes": [s.to_json() for s in self.shapes],
+            "biases": list(self.biases),
+            "input": [list(self.given.shape), self.given.dtype],
+            "threads": self.threads,
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """Content hash of the description."""
+        return content_hash(self.description)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the members' dense weights."""
+        return sum(s.weights for s in self.shapes) * DTYPES[self.given.dtype].itemsize
+
+
+def model_dtype(model: nn.Module) -> str:
+    """The dtype of the first floating parameter: "float32", "bfloat16" or "float16"."""
+    found = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(next(found, torch.float32)).removeprefix("torch.")
+
+
+def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
+    """Site name -> what its layers are given in one run; sites that are not called are left out."""
+    seen: dict[str, Given] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                dtype = str(args[0].dtype).removeprefix("torch.")
+                seen.setdefault(name, Given(tuple(args[0].shape), dtype))
+
+        return note
+
+    handles = [
+        model.get_submodule(site.members[0].module).register_forward_pre_hook(hook(site.name))
+        for site in space.sites
+        if site.members
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def original_operator(model: nn.Module, site: Site, given: Given, threads: int) -> Operator:
+    """The site's own layers."""
+    modules = [model.get_submodule(member.module) for member in site.members]
+    return Operator(
+        implementation=ORIGINAL,
+        layers=tuple(type(module).__name__ for module in modules),
+        formats=(),
+        shapes=tuple(member.shape for member in site.members),
+        biases=_biases(model, site),
+        given=given,
+        threads=threads,
+    )
+
+
+def candidate_operators(
+    model: nn.Module, site: Site, option: Option, given: Given, threads: int, rank_multiple: int
+) -> list[Operator]:
+    """One operator for every implementation that serves an option of a weight site."""
+    dtype = model_dtype(model)
+    shapes = tuple(member.shape for member in site.members)
+    formats = [format_of(option, shape, dtype, rank_multiple) for shape in shapes]
+    return [
+        Operator(
+            implementation=each.name,
+            layers=(),
+            formats=tuple(_as_run(each.name, f) for f in formats),
+            shapes=shapes,
+            biases=_biases(model, site),
+            given=given,
+            threads=threads,
+        )
+        for each in serving(formats[0], shapes, DEVICE)
+    ]
+
+
+def runs_dense(site: Site, dtype: str) -> str:
+    """The implementation that runs any stored weight of a site dense, in the model's dtype."""
+    family = "conv" if any(member.shape.conv for member in site.members) else "linear"
+    return f"{family}.{SHORT_DTYPES[dtype]}"
+
+
+def _as_run(name: str, format: Format) -> Format:
+    """The format as far as the implementation's running time depends on it.
+
+    Dense operators unpack whatever is stored when they are built, so all formats run alike;
+    a convolution's low-rank pair alone stays one.
+    """
+    family, _, short = name.partition(".")
+    if family == "linear" or (family == "conv" and format.rank is None):
+        return Format(next(long for long, each in SHORT_DTYPES.items() if each == short))
+    return format
+
+
+def _biases(model: nn.Module, site: Site) -> tuple[bool, ...]:
+    return tuple(bias_of(model, member.module) is not None for member in site.members)
+
+
+def nonzeros_of(option: Option, shape: LayerShape) -> int | None:
+    """Stored entries of one weight under a sparse option; None under any other."""
+    if option.sparsity is None or isinstance(option.sparsity, tuple):
+        return None
+    return shape.weights - removed_count(option.sparsity, shape.weights)
+
+
+def random_stored(
+    format: Format, shape: LayerShape, seed: int, nonzeros: int | None = None
+) -> StoredWeight:
+    """Random values in a stored format, of a size that keeps a model's activations finite.
+
+    Args:
+        format: how it is stored.
+        shape: the layer.
+        seed: of the values.
+        nonzeros: stored entries of a sparse format.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = 1 / math.sqrt(shape.in_features)
+    tensors: dict[str, Tensor] = {}
+    for name, (dtype, dims) in layout(format, shape, nonzeros).items():
+        if name == "mask":
+            kept = torch.zeros(shape.weights, dtype=torch.bool)
+            kept[torch.randperm(shape.weights, generator=generator)[:nonzeros]] = True
+            tensors[name] = pack_mask(kept)
+        elif name == "codes":
+            tensors[name] = torch.randint(256, dims, generator=generator, dtype=dtype)
+        elif name == "scale":
+            level = size / 2 ** ((format.bits or 8) - 1)
+            tensors[name] = (level * (0.5 + torch.rand(dims, generator=generator))).to(dtype)
+        else:
+            tensors[name] = (size * torch.randn(dims, generator=generator)).to(dtype)
+    return StoredWeight(format, shape, tensors)
+
+
+def copies_of(operator: Operator, footprint: float) -> int:
+    """Copies to rotate over, so that weights are as cold as among `footprint` bytes of others."""
+    return max(1, min(MOST_COPIES, math.ceil(footprint / max(1, operator.dense_bytes))))
+
+
+def original_layers(
+    model: nn.Module, site: Site, operator: Operator, copies: int
+) -> list[list[nn.Module]]:
+    """Copies of a site's own layers, as `rotation` takes them."""
+    modules = [model.get_submodule(member.module) for member in site.members]
+    return [[copy.deepcopy(module) for module in modules] for _ in range(copies)]
+
+
+def built_layers(operator: Operator, copies: int, seed: int) -> list[list[nn.Module]]:
+    """Copies of an operator with random weights, as the modules that stand in a model."""
+    stored = [
+        random_stored(format, shape, seed + place)
+        for place, (format, shape) in enumerate(zip(operator.formats, operator.shapes, strict=True))
+    ]
+    dtype = DTYPES[operator.given.dtype]
+    biases = [
+        torch.zeros(shape.out_features, dtype=dtype) if has else None
+        for has, shape in zip(operator.biases, operator.shapes, strict=True)
+    ]
+    built = implementation(operator.implementation).build(stored, biases)
+    count = len(operator.shapes)
+    return [list(group_members(copy.deepcopy(built), count)) for _ in range(copies)]
+
+
+def rotation(layers: Sequence[Sequence[nn.Module]], given: Given) -> Call:
+    """One call of the members, in their order and on one input; the next call takes the next copy.
+
+    To be called without gradients.
+    """
+    x = torch.randn(given.shape, dtype=DTYPES[given.dtype])
+    copies = itertools.cycle(layers)
+
+    def once() -> None:
+        for layer in next(copies):
+            layer(x)
+
+    return once
+
+
+def round_of(layers: Sequence[Sequence[nn.Module]], given: Given) -> Call:
+    """All copies once, one after another."""
+    once = rotation(layers, given)
+    count = len(layers)
+
+    def everything() -> None:
+        for _ in range(count):
+            once()
+
+    return everything
+
+
+def random_weights(
+    space: Space, dtype: str, rank_multiple: int
+) -> Callable[[Site, Option], list[StoredWeight]]:
+    """What `apply` asks for the stored weights of a site under an option: random ones."""
+    places: Mapping[str, int] = space.names
+
+    def stored(site: Site, option: Option) -> list[StoredWeight]:
+        return [
+            random_stored(
+                format_of(option, member.shape, dtype, rank_multiple),
+                member.shape,
+                seed=places[site.name] * 100 + number,
+                nonzeros=nonzeros_of(option, member.shape),
+            )
+            for number, member in enumerate(site.members)
+        ]
+
+    return stored

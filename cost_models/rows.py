@@ -1,0 +1,146 @@
+"""Which implementation runs each option, and what it costs before the whole model is asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apportion.cost_models.measured import ItemTimes
+from apportion.cost_models.operators import ORIGINAL, Operator, runs_dense
+from apportion.cost_models.sampling import Config, Shape
+from apportion.cost_models.table import Rows, padded
+from apportion.spaces.space import DROP, Space
+
+STRUCTURE = "structure"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Implementation names [site][option]; "dense" for a weight site's neutral option.
+
+    Attributes:
+        names: "structure" for the options of structure sites; "dense" also where nothing serves.
+        credited: whether the option runs anything but the dense computation.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    credited: tuple[tuple[bool, ...], ...]
+
+    @property
+    def classes(self) -> list[str]:
+        """All names that occur, sorted: the classes that are corrected by one factor each."""
+        return sorted({name for row in self.names for name in row})
+
+
+def shape_of(space: Space) -> Shape:
+    """The space as arrays."""
+    width = max(map(len, space.texts), default=0)
+    drops = np.zeros((len(space.sites), width), dtype=bool)
+    for place, texts in enumerate(space.texts):
+        drops[place, : len(texts)] = [text == DROP for text in texts]
+    count = np.array([len(texts) for texts in space.texts], dtype=np.int64)
+    return Shape(count, np.array(space.parent, dtype=np.int64), drops)
+
+
+def choose(space: Space, items: Sequence[ItemTimes], dtype: str) -> Choice:
+    """For each option of each weight site, the implementation of least time over the request.
+
+    Where none was measured the option runs dense, and is not credited; nor is it where running
+    dense is the fastest.
+    """
+    names: list[tuple[str, ...]] = []
+    credited: list[tuple[bool, ...]] = []
+    for place, site in enumerate(space.sites):
+        options = space.options[place]
+        if site.is_structure:
+            names.append((STRUCTURE,) * len(options))
+            credited.append((True,) * len(options))
+            continue
+        dense = runs_dense(site, dtype)
+        chosen = [_fastest(items, place, o) or ORIGINAL for o in range(1, len(options))]
+        names.append((ORIGINAL, *chosen))
+        credited.append((True, *(name not in (dense, ORIGINAL) for name in chosen)))
+    return Choice(tuple(names), tuple(credited))
+
+
+def _fastest(items: Sequence[ItemTimes], place: int, option: int) -> str | None:
+    """The implementation of least total; the first in the registry's order among equals."""
+    totals: dict[str, float] = {}
+    for times in items:
+        for operator in times.plan.candidates.get((place, option), []):
+            spent = times.plan.item.count * times.operators[operator.key][0]
+            totals[operator.implementation] = totals.get(operator.implementation, 0.0) + spent
+    return min(totals, key=lambda name: totals[name], default=None)
+
+
+def chosen_operator(
+    plan_times: ItemTimes, choice: Choice, place: int, option: int
+) -> Operator | None:
+    """The operator that an option of a weight site runs; None for its own layers."""
+    operators = plan_times.plan.candidates.get((place, option), [])
+    name = choice.names[place][option]
+    return next((each for each in operators if each.implementation == name), None)
+
+
+def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Rows]:
+    """Mean and upper milliseconds [sites, options] of one request item, its count not applied.
+
+    The neutral row of a structure site is what dropping it saves less what its sites take.
+    """
+    rows: list[list[tuple[float, float]]] = [
+        [(0.0, 0.0)] * len(options) for options in space.options
+    ]
+    below = np.zeros(len(space.sites))
+    for place in reversed(range(len(space.sites))):
+        if space.sites[place].is_structure:
+            own = max(0.0, times.savings.get(place, 0.0) - below[place])
+            rows[place][0] = (own, own)
+        elif place in times.plan.originals:
+            rows[place] = [
+                _operator_times(times, choice, place, option)
+                for option in range(len(space.options[place]))
+            ]
+        if space.parent[place] >= 0:
+            below[space.parent[place]] += below[place] + rows[place][0][0]
+    means = [[mean for mean, _ in row] for row in rows]
+    return padded(means), padded([[upper for _, upper in row] for row in rows])
+
+
+def _operator_times(
+    times: ItemTimes, choice: Choice, place: int, option: int
+) -> tuple[float, float]:
+    operator = chosen_operator(times, choice, place, option) or times.plan.originals[place]
+    return times.operators[operator.key]
+
+
+def class_numbers(choice: Choice) -> NDArray[np.int64]:
+    """[sites, options]: each option's place in `choice.classes`; 0 where a site has fewer."""
+    classes = choice.classes
+    width = max(map(len, choice.names), default=0)
+    numbers = np.zeros((len(choice.names), width), dtype=np.int64)
+    for place, row in enumerate(choice.names):
+        numbers[place, : len(row)] = [classes.index(name) for name in row]
+    return numbers
+
+
+def alike_options(choice: Choice, rows: Rows) -> NDArray[np.int64]:
+    """[sites, options]: the first option of the site with the same implementation and time."""
+    alike = np.tile(np.arange(rows.shape[1], dtype=np.int64), (len(rows), 1))
+    for place, names in enumerate(choice.names):
+        seen: dict[tuple[str, float], int] = {}
+        for option, name in enumerate(names):
+            if name == STRUCTURE:
+                continue
+            alike[place, option] = seen.setdefault((name, float(rows[place, option])), option)
+    return alike
+
+
+def parts_of(
+    rows: Rows, numbers: NDArray[np.int64], classes: int, shape: Shape, config: Config
+) -> NDArray[np.float64]:
+    """A configuration's uncorrected milliseconds by class [classes]; void sites take none."""
+    there = ~shape.void(config)
+    places = np.arange(len(rows)), np.array(config, dtype=np.int64)
+    taken = np.bincount(numbers[places][there], weights=rows[places][there], minlength=classes)
+    return taken.astype(np.float64)

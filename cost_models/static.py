@@ -1,0 +1,168 @@
+"""Costs that need no clock: bytes of the written file, bytes while running, bits per weight."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apportion.cost_models.operators import (
+    model_dtype,
+    nonzeros_of,
+    random_weights,
+)
+from apportion.cost_models.profile import Profile
+from apportion.cost_models.table import Rows, padded
+from apportion.kernels.formats import DTYPES, stored_bytes
+from apportion.kernels.group import resident_bytes
+from apportion.kernels.registry import implementation
+from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of
+from apportion.spaces.grammar import Option
+from apportion.spaces.sites import Site
+from apportion.spaces.space import DENSE, Space
+
+
+@dataclass(frozen=True)
+class StaticCost:
+    """A cost that adds up: `base` + the rows [sites, options] of all sites that are not void."""
+
+    rows: Rows
+    base: float
+
+
+def weight_bytes(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE) -> StaticCost:
+    """Payload of all tensors written, tied ones once.
+
+    A structure site's `keep` holds what lies in it and in no site below: norms and biases.
+    """
+    dtype = model_dtype(model)
+    rows = [
+        [_site_bytes(site, option, dtype, rank_multiple) for option in options]
+        for site, options in zip(space.sites, space.options, strict=True)
+    ]
+    base = _add_remainder(model, space, rows, dict(_written(model)))
+    return StaticCost(padded(rows), base)
+
+
+def site_bytes(
+    model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE
+) -> list[dict[str, int]]:
+    """For each site, option text -> stored bytes of its weights; 0 for keep and drop."""
+    dtype = model_dtype(model)
+    return [
+        {str(o): int(_site_bytes(site, o, dtype, rank_multiple)) for o in options}
+        for site, options in zip(space.sites, space.options, strict=True)
+    ]
+
+
+def bits(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE) -> StaticCost:
+    """8 x stored bytes of the weight sites / the number of their dense weights."""
+    weights = sum(site.weights for site in space.sites)
+    rows = [
+        [8 * size / weights for size in row.values()]
+        for row in site_bytes(model, space, rank_multiple)
+    ]
+    return StaticCost(padded(rows), 0.0)
+
+
+def resident_cost(
+    model: nn.Module,
+    space: Space,
+    implementations: Mapping[str, Mapping[str, str]],
+    rank_multiple: int = RANK_MULTIPLE,
+) -> StaticCost:
+    """Bytes that the device holds while running: what the chosen operators keep of each weight.
+
+    Each distinct operator is built once, with random weights, and asked.
+    """
+    dtype = model_dtype(model)
+    stored = random_weights(space, dtype, rank_multiple)
+    held: dict[tuple[object, ...], float] = {}
+
+    def size(site: Site, option: Option) -> float:
+        if option.is_structure:
+            return 0.0
+        if str(option) == DENSE:
+            return float(site.weights * DTYPES[dtype].itemsize)
+        name = implementations[site.name][str(option)]
+        key = (name, str(option), tuple(member.shape for member in site.members))
+        if key not in held:
+            built = implementation(name).build(stored(site, option), [None] * len(site.members))
+            held[key] = float(resident_bytes(built))
+        return held[key]
+
+    rows = [
+        [size(site, option) for option in options]
+        for site, options in zip(space.sites, space.options, strict=True)
+    ]
+    everything = {name: t for name, t in model.named_buffers()}
+    base = _add_remainder(model, space, rows, dict(_written(model)) | _distinct(everything))
+    return StaticCost(padded(rows), base)
+
+
+def struck(space: Space, weight: StaticCost, profiles: Sequence[Profile]) -> dict[str, list[str]]:
+    """Site name -> options that are neither smaller nor faster than dense on any device.
+
+    Faster is what is faster by its upper value: a draw is no gain.
+    """
+    tables = [profile.table for profile in profiles]
+    found: dict[str, list[str]] = {}
+    for place in space.weight_sites:
+        for number, text in enumerate(space.texts[place][1:], 1):
+            smaller = weight.rows[place, number] < weight.rows[place, 0]
+            faster = any(t.upper[place, number] < t.rows[place, 0] for t in tables)
+            if not smaller and not faster:
+                found.setdefault(space.sites[place].name, []).append(text)
+    return found
+
+
+def _site_bytes(site: Site, option: Option, dtype: str, rank_multiple: int) -> float:
+    if option.is_structure:
+        return 0.0
+    if str(option) == DENSE:
+        return float(site.weights * DTYPES[dtype].itemsize)
+    return float(
+        sum(
+            stored_bytes(
+                format_of(option, member.shape, dtype, rank_multiple),
+                member.shape,
+                nonzeros_of(option, member.shape),
+            )
+            for member in site.members
+        )
+    )
+
+
+def _written(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the written file holds of the dense model: the state, tied tensors once."""
+    yield from _distinct(model.state_dict()).items()
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape)
+        seen.setdefault(place, name)
+    return {name: tensors[name] for name in seen.values()}
+
+
+def _add_remainder(
+    model: nn.Module, space: Space, rows: list[list[float]], tensors: Mapping[str, Tensor]
+) -> float:
+    """Add all that no weight site holds to the `keep` around it; returns what nothing is around."""
+    weights = {member.module + ".weight" for site in space.sites for member in site.members}
+    base = 0.0
+    for name, tensor in tensors.items():
+        if name in weights:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        around = [
+            place
+            for place, site in enumerate(space.sites)
+            if site.is_structure and name.startswith(site.name + ".")
+        ]
+        if around:
+            rows[max(around, key=lambda place: len(space.sites[place].name))][0] += size
+        else:
+            base += size
+    return base

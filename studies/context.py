@@ -1,0 +1,158 @@
+"""What the stages of one study share while its driver runs."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from torch import nn
+
+from apportion.spaces.artifact import Plan
+from apportion.spaces.bank import Bank
+from apportion.spaces.grammar import Option
+from apportion.spaces.sites import Site
+from apportion.spaces.space import Space
+from apportion.studies.cli.display import Display
+from apportion.studies.database.rows import Lease
+from apportion.studies.database.store import Store
+from apportion.studies.evaluations import Naming, Stopped
+from apportion.studies.home import Home
+from apportion.studies.specification import StudySpec
+from apportion.workers.samples import PARTS, Part, Samples
+from apportion.workers.sources import OpenedModel
+from apportion.workers.spec import Setting, WorkerSpec, open_setting
+
+RANK_MULTIPLE = 8
+Output = dict[str, Any]
+
+
+def worker_spec(spec: StudySpec, home: Home, index: Path | None = None) -> WorkerSpec:
+    """What a worker of this study is made of; `index` lists the bank's entries."""
+    return WorkerSpec(
+        source=spec.model.source,
+        dtype=spec.model.dtype,
+        trust_remote_code=spec.model.trust_remote_code,
+        data=spec.data.model_dump(mode="json", exclude_none=True),
+        seed=spec.study.seed,
+        objective=spec.objective.loss,
+        threads=spec.objective.threads,
+        batch=spec.objective.batch,
+        space=[[list(e.sites), list(e.options), e.unfit == "skip"] for e in spec.space],
+        rank_multiple=RANK_MULTIPLE,
+        bank=str(home.bank),
+        index=str(index or ""),
+        base=str(home.path),
+        budgets={},
+    )
+
+
+@dataclass
+class Context:
+    """One study at work.
+
+    Attributes:
+        spec: its specification, paths absolute.
+        lease: the right to write to it.
+        stop: set when the user asked to stop.
+        workers: processes that evaluate; 1: this one.
+    """
+
+    spec: StudySpec
+    home: Home
+    store: Store
+    study_id: int
+    lease: Lease
+    display: Display
+    stop: Event
+    workers: int = 1
+    _samples: dict[Part, Samples] = field(default_factory=dict)
+
+    @cached_property
+    def setting(self) -> Setting:
+        """The dense model with its space and its data."""
+        torch.set_num_threads(self.spec.objective.threads)
+        return open_setting(worker_spec(self.spec, self.home))
+
+    def take(self, setting: Setting) -> None:
+        """Use what was opened to check the study, before it was created."""
+        self.__dict__["setting"] = setting
+
+    @property
+    def opened(self) -> OpenedModel:
+        """The dense model and its tokenizer."""
+        return self.setting.opened
+
+    @property
+    def model(self) -> nn.Module:
+        """The dense model's module."""
+        return self.opened.model
+
+    def samples(self, part: Part) -> Samples:
+        """The windows of one part of the data."""
+        if part not in self._samples:
+            self._samples[part] = self.setting.open_part(part)
+        return self._samples[part]
+
+    @property
+    def bank(self) -> Bank:
+        """The bank of realized options."""
+        return Bank(self.home.bank)
+
+    @property
+    def window_tokens(self) -> int:
+        """What one window costs of the budget."""
+        return (self.spec.data.context or 1) if self.spec.data.is_text else 1
+
+    @property
+    def numerics(self) -> str:
+        """What the bits of a loss depend on beside the numbers that go in."""
+        objective = self.spec.objective
+        machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"{objective.threads} {objective.batch} torch {torch.__version__} {machine}"
+
+    def naming(self, bank: dict[str, dict[str, str]]) -> Naming:
+        """What names this study's evaluations; `bank` is site -> option -> entry."""
+        return Naming(
+            model=f"{self.opened.revision} {self.spec.model.dtype}",
+            data={part: self.samples(part).hash for part in PARTS},
+            objective=f"{self.spec.objective.loss} {self.setting.objective.hash}",
+            numerics=self.numerics,
+            bank=bank,
+        )
+
+    def stage(self, name: str, compute: Callable[[], Output], round: int = 0) -> Output:
+        """A stage's stored output, or that of running it now.
+
+        Raises:
+            Stopped: the user asked to stop before it began.
+        """
+        stored = self.store.stage_output(self.study_id, name, round)
+        if stored is not None:
+            return stored
+        if self.stop.is_set():
+            raise Stopped
+        self.store.set_state(self.lease, "running", name, "")
+        began = time.perf_counter()
+        output = compute()
+        self.store.record_stage(self.lease, name, round, output, time.perf_counter() - began)
+        return output
+
+
+def plan_of(
+    space: Space,
+    configuration: dict[str, str],
+    bank: Bank,
+    index: dict[str, dict[str, str]],
+    implementations: dict[str, dict[str, str]],
+) -> Plan:
+    """How a configuration is stored and run, its weights taken from the bank."""
+
+    def stored(site: Site, option: Option) -> Any:
+        return bank.get(index[site.name][str(option)])
+
+    return Plan(space, configuration, stored, implementations)

@@ -1,0 +1,220 @@
+"""The driver: runs the stages of one study in order, each once, and keeps what they give.
+
+It alone writes to the database. Killed at any moment, it is run again by `resume`: finished stages
+are read, the search is replayed from its stored trials, and only what was in flight is redone.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apportion.hashing import content_hash
+from apportion.search.problem import Problem
+from apportion.search.solver import Settings
+from apportion.studies.context import Context, Output, worker_spec
+from apportion.studies.database.rows import Lease, LeaseLost, NewTrial
+from apportion.studies.database.store import Store
+from apportion.studies.evaluations import Runner
+from apportion.studies.judging import Judging
+from apportion.studies.pricing import Prices
+from apportion.studies.stages import compress, discover, profile
+from apportion.studies.stages.search import Candidate, Progressed, Search, check_limits
+from apportion.workers.pool import InProcessPool, Pool
+from apportion.workers.ray_pool import RayPool
+from apportion.workers.spec import build_evaluator
+
+LEASE_SECONDS = 30.0
+MOST_ROUNDS = 3
+
+
+@contextmanager
+def leased(store: Store, study_id: int) -> Iterator[Lease]:
+    """Hold a study while the block runs, renewing the lease from a thread.
+
+    Raises:
+        InvalidInput: another process runs the study; names it.
+    """
+    lease = store.acquire(study_id, LEASE_SECONDS)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(LEASE_SECONDS / 3):
+            try:
+                store.renew(lease)
+            except LeaseLost:
+                return  # the next write of the driver raises it where it is seen
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        ended.set()
+        thread.join()
+        store.release(lease)
+
+
+def drive(context: Context) -> None:
+    """Run a study from wherever it stands to its end.
+
+    Raises:
+        InvalidInput: something of the user's is wrong or has changed; nothing was repeated.
+        Stopped: the user asked to stop; all that is finished is stored.
+    """
+    found = _discover(context)
+    discover.check_unchanged(context, found)
+    profiled = context.stage("profile", lambda: profile.run(context))
+    prices = profile.prices(context, profiled)
+    for limit in context.spec.parsed_limits:
+        prices.limit_value(limit)
+    _refuse_impossible(context, prices)
+    compressed = context.stage("compress", lambda: compress.run(context, prices.space))
+    if context.store.stage_output(context.study_id, "report") is None:
+        _rounds(context, prices, profiled, compressed["index"])
+    context.store.set_state(context.lease, "done", "", "")
+
+
+def _discover(context: Context) -> Output:
+    with context.display.stage("discover") as bar:
+        output = context.stage("discover", lambda: discover.run(context))
+        bar.end(discover.summary(context.setting.space))
+    return output
+
+
+def _refuse_impossible(context: Context, prices: Prices) -> None:
+    """Say that limits cannot be met before the bank is built."""
+    check_limits(prices.problem(context.spec.parsed_limits, {}))
+
+
+def _rounds(
+    context: Context, prices: Prices, profiled: Output, index: dict[str, dict[str, str]]
+) -> None:
+    """Search and confirm; a broken limit starts again at search with a tighter one."""
+    tightening: dict[str, float] = {}
+    with _pool(context, index) as pool:
+        for round in range(MOST_ROUNDS):
+            runner = Runner(context.store, pool, context.stop.is_set)
+            candidates = _search_round(context, prices, runner, index, tightening, round)
+            judging = Judging(
+                context,
+                prices,
+                profiled,
+                index,
+                runner,
+                candidates,
+                index_file=_index_file(context, index),
+                final=round == MOST_ROUNDS - 1,
+            )
+            judged = context.stage("confirm", judging.run, round)
+            if not judged["broken"]:
+                context.store.record_stage(context.lease, "report", 0, judged, 0.0)
+                return
+            for kind, excess in judged["broken"].items():
+                tightening[kind] = tightening.get(kind, 1.0) / excess
+                context.display.warning(
+                    f"limits.{kind}: the measured winner is {100 * (excess - 1):.1f} % above it; "
+                    "searching again with a tighter limit"
+                )
+
+
+def _search_round(
+    context: Context,
+    prices: Prices,
+    runner: Runner,
+    index: dict[str, dict[str, str]],
+    tightening: Mapping[str, float],
+    round: int,
+) -> list[Candidate]:
+    """The candidates of a round: from the stage's output, or by running the solver."""
+    problem = prices.problem(context.spec.parsed_limits, tightening)
+    search = _search(context, prices, problem, runner, index, round)
+    trials = [t for t in context.store.trials(context.study_id, round) if t.part == "search"]
+    state = context.store.solver_state(context.study_id, round)
+    found: list[Candidate] = []
+
+    def run() -> Output:
+        with context.display.stage("search") as bar:
+            total = search.settings.tokens
+
+            def show(progress: Progressed) -> None:
+                tokens = f"{progress.tokens / 1e6:.2f} of {total / 1e6:.2f} M tokens"
+                text = f"{tokens} · {progress.evaluations} evaluations · best {progress.best:.4g}"
+                bar.update(progress.tokens, total, f"{text} · {progress.origin}")
+                last.append(text)
+
+            last: list[str] = []
+            search.progress = show
+            found.extend(search.run(trials, state))
+            bar.end(last[-1] if last else "nothing to do")
+        return {"candidates": [_candidate_json(c) for c in found]}
+
+    output = context.stage("search", run, round)
+    return [_candidate(value) for value in output["candidates"]]
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {**candidate.__dict__, "config": list(candidate.config)}
+
+
+def _candidate(value: Mapping[str, Any]) -> Candidate:
+    return Candidate(**{**value, "config": tuple(value["config"])})
+
+
+def _search(
+    context: Context,
+    prices: Prices,
+    problem: Problem,
+    runner: Runner,
+    index: dict[str, dict[str, str]],
+    round: int,
+) -> Search:
+    search = context.spec.search
+    windows = min(search.windows, context.samples("search").windows)
+    settings = Settings(
+        seed=context.spec.study.seed,
+        tokens=search.tokens,
+        window_tokens=context.window_tokens,
+        windows=windows,
+        offspring=search.offspring,
+        survivors=search.survivors,
+        stage_windows=tuple(min(stage, windows) for stage in search.stages),
+    )
+
+    def record(trials: list[NewTrial], state: Mapping[str, Any]) -> Sequence[int]:
+        return context.store.record_proposals(context.lease, round, trials, state)
+
+    def message(progress: Progressed) -> None:
+        value = {"tokens": progress.tokens, "best": progress.best}
+        context.store.set_state(context.lease, "running", "search", json.dumps(value))
+
+    naming = context.naming(index)
+    return Search(prices, problem, settings, search.solver, naming, runner, record, message)
+
+
+@contextmanager
+def _pool(context: Context, index: dict[str, dict[str, str]]) -> Iterator[Pool]:
+    """The workers, ended in any case."""
+    spec = worker_spec(context.spec, context.home, _index_file(context, index))
+    pool: Pool
+    if context.workers == 1:
+        evaluator = build_evaluator(spec)
+        evaluator.check()
+        pool = InProcessPool(evaluator.evaluate)
+    else:
+        pool = RayPool(spec, context.workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _index_file(context: Context, index: dict[str, dict[str, str]]) -> Path:
+    """The bank's index as a file for workers; written again where the cache was emptied."""
+    path = context.home.cache / f"bank-{content_hash(index)}.json"
+    if not path.is_file():
+        path.write_text(json.dumps(index))
+    return path
+

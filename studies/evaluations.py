@@ -1,0 +1,110 @@
+"""Evaluations of a study: what names one, and how a batch of them is run and kept."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from apportion.errors import ApportionError
+from apportion.hashing import content_hash
+from apportion.spaces.space import DENSE, DROP, KEEP
+from apportion.studies.database.rows import Evaluation
+from apportion.studies.database.store import Store
+from apportion.workers.evaluator import Evaluation as Done
+from apportion.workers.pool import Evaluate, Pool
+
+# Part of every evaluation's name: raise it when the evaluator or an objective gives other numbers
+# (tests/workers/test_evaluator.py holds golden losses that notice).
+EVALUATOR_VERSION = 1
+POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """The user asked to stop: everything that is finished is stored."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What an evaluation depends on beside the configuration and the slice.
+
+    Attributes:
+        model: revision and dtype.
+        data: part -> content hash of its windows in their order.
+        objective: name and hash of the user's code, if any.
+        numerics: threads, batch, torch version, instruction set.
+        bank: site -> option -> name of the realized option.
+    """
+
+    model: str
+    data: Mapping[str, str]
+    objective: str
+    numerics: str
+    bank: Mapping[str, Mapping[str, str]]
+
+    def key(self, configuration: Mapping[str, str], part: str, first: int, windows: int) -> str:
+        """The content-addressed name of one evaluation."""
+        chosen = {
+            site: text if text == DROP else self.bank[site][text]
+            for site, text in configuration.items()
+            if text not in (DENSE, KEEP)
+        }
+        surroundings = [EVALUATOR_VERSION, self.model, self.objective, self.numerics]
+        return content_hash([*surroundings, self.data[part], first, windows, chosen])
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs evaluations that the store does not hold, and stores each as it ends."""
+
+    store: Store
+    pool: Pool
+    stopped: Callable[[], bool]
+
+    def run(self, work: Sequence[tuple[str, Evaluate]]) -> Iterator[tuple[str, Evaluation]]:
+        """Yield (key, evaluation) as they end, stored ones first; each key once.
+
+        Raises:
+            Stopped: asked to stop, and nothing new was started since.
+        """
+        wanted = dict(work)
+        known = self.store.evaluations(list(wanted))
+        yield from known.items()
+        running = {self.pool.submit(task): key for key, task in wanted.items() if key not in known}
+        try:
+            while running:
+                done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    key = running.pop(future)
+                    yield key, self._keep(key, future)
+                if self.stopped() and running:
+                    self._finish_started(running)
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _keep(self, key: str, future: "Future[Done]") -> Evaluation:
+        done = future.result()
+        evaluation = Evaluation(done.losses, done.weights, done.failure, done.seconds)
+        self.store.record_evaluation(key, evaluation)
+        return evaluation
+
+    def _finish_started(self, running: Mapping["Future[Done]", str]) -> None:
+        """Cancel what has not begun, wait a little for what has, keep it."""
+        left = [future for future in running if not future.cancel()]
+        done, _ = wait(left, timeout=STOP_SECONDS)
+        for future in done:
+            self._keep(running[future], future)
+        raise Stopped
+
+
+STOP_SECONDS = 10.0
+
+
+def losses_of(evaluation: Evaluation) -> float:
+    """Mean loss of an evaluation.
+
+    Raises:
+        ApportionError: it failed.
+    """
+    if evaluation.failure or evaluation.losses is None or evaluation.weights is None:
+        raise ApportionError(f"an evaluation failed: {evaluation.failure}")
+    return float(evaluation.losses.sum() / evaluation.weights.sum())

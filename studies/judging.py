@@ -1,0 +1,302 @@
+"""Judging a round: held-out losses, measured latencies, and what of the front is exported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from apportion.cost_models.harness import Measurement
+from apportion.spaces.grammar import Option
+from apportion.studies.context import Context, Output, worker_spec
+from apportion.studies.database.rows import Evaluation
+from apportion.studies.evaluations import Runner
+from apportion.studies.pricing import Prices, latency_kind
+from apportion.studies.stages import confirm, profile
+from apportion.studies.stages.confirm import PART, Judged
+from apportion.studies.stages.search import Candidate, best_rival, front, winner
+from apportion.workers.pool import Evaluate
+from apportion.workers.timing import run_timing
+
+MODEL_SECONDS = 1.0
+
+
+@dataclass
+class Judging:
+    """What one round's candidates are held to.
+
+    Attributes:
+        profiled: the profile stage's output.
+        index: site -> option -> entry of the bank.
+        final: no further round may follow: what breaks a limit cannot win.
+    """
+
+    context: Context
+    prices: Prices
+    profiled: Output
+    index: dict[str, dict[str, str]]
+    runner: Runner
+    candidates: Sequence[Candidate]
+    index_file: Any
+    final: bool
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The limited kinds of cost."""
+        return [limit.kind for limit in self.context.spec.parsed_limits]
+
+    @cached_property
+    def documents(self) -> Any:
+        """[windows] of which document a held-out window is; None: not known."""
+        documents = self.context.samples(PART).documents
+        return None if documents is None else np.asarray(documents)
+
+    def run(self) -> Output:
+        """Judge, and describe what was found as the report."""
+        won = winner(self.candidates)
+        rival = best_rival(self.candidates, won, self.kinds)
+        chosen = confirm.to_confirm(
+            front(self.candidates, self.kinds), won, rival, self._uniforms()
+        )
+        with self.context.display.stage("confirm") as bar:
+            evaluations = self._held_out([c for c, _ in chosen], bar.update)
+            measured = self._measured([c for c, _ in chosen], bar.update)
+            timed = len(next(iter(measured.values()), {}))
+            bar.end(f"{len(chosen)} configurations on held-out data, {timed} timed end to end")
+        judged = [
+            Judged(
+                candidate,
+                evaluations[candidate.config],
+                confirm.held_out_loss(evaluations[candidate.config], self.documents),
+                self._latencies(candidate, measured),
+                labels,
+            )
+            for candidate, labels in chosen
+        ]
+        return self._verdict(judged)
+
+    def _uniforms(self) -> dict[str, Candidate]:
+        """uniform(o) without drops, whether or not the search scored it."""
+        scored = {candidate.config: candidate for candidate in self.candidates}
+        problem = self.prices.problem(self.context.spec.parsed_limits, {})
+        return {
+            option: scored.get(config)
+            or Candidate(
+                -1,
+                config,
+                float("nan"),
+                self.prices.costs(config),
+                f"uniform:{option}",
+                problem.feasible(config),
+            )
+            for option, config in self.prices.uniform.items()
+        }
+
+    def _held_out(
+        self, candidates: Sequence[Candidate], update: Any
+    ) -> dict[tuple[int, ...], Evaluation]:
+        windows = self.context.samples(PART).windows
+        naming = self.context.naming(self.index)
+        keys: dict[str, tuple[int, ...]] = {}
+        work = []
+        for candidate in candidates:
+            configuration = self.prices.space.configuration(candidate.config)
+            key = naming.key(configuration, PART, 0, windows)
+            keys[key] = candidate.config
+            work.append((key, Evaluate(configuration, PART, 0, windows)))
+        found = {}
+        for done, (key, evaluation) in enumerate(self.runner.run(work), 1):
+            found[keys[key]] = evaluation
+            update(done, len(work), "held-out data")
+        return found
+
+    def _measured(
+        self, candidates: Sequence[Candidate], update: Any
+    ) -> dict[str, dict[tuple[int, ...], Measurement]]:
+        """Device -> configuration -> its whole model's time, for devices that are here."""
+        found = {}
+        devices = {n: d for n, d in self.context.spec.devices.items() if d.kind == "cpu"}
+        for name, device in devices.items():
+            update(0, 1, f"timing {len(candidates)} whole models on '{name}'")
+            implementations = self.profiled["profiles"][name]["implementations"]
+            configurations = {
+                str(place): {
+                    "configuration": self.prices.space.configuration(candidate.config),
+                    "implementations": implementations,
+                }
+                for place, candidate in enumerate(candidates)
+            }
+            job = {
+                "kind": "compare",
+                "worker": worker_spec(self.context.spec, self.context.home, self.index_file),
+                "request": profile.request_of(device),
+                "seconds": MODEL_SECONDS,
+                "seed": self.context.spec.study.seed,
+                "configurations": configurations,
+            }
+            log = self.context.home.log(self.context.spec.study.name)
+            with profile.device_lock().exclusive(lambda: profile.waiting(self.context, update)):
+                times = run_timing(job, device.threads or 1, lambda message: None, log)
+            found[name] = {
+                candidate.config: Measurement.from_json(times[str(place)])
+                for place, candidate in enumerate(candidates)
+            }
+        return found
+
+    def _latencies(
+        self, candidate: Candidate, measured: Mapping[str, Mapping[tuple[int, ...], Measurement]]
+    ) -> dict[str, dict[str, float | None]]:
+        latencies: dict[str, dict[str, float | None]] = {}
+        for device in self.prices.tables:
+            found = measured.get(device, {}).get(candidate.config)
+            dense_ms = None if found is None else found.reference_milliseconds
+            latencies[device] = {
+                "predicted": candidate.costs[latency_kind(device)],
+                "measured": None if found is None else found.milliseconds,
+                "ratio": None if found is None else found.ratio,
+                "low": None if found is None else found.low,
+                "high": None if found is None else found.high,
+                "dense": dense_ms,
+            }
+        return latencies
+
+    def _limits(self, judged: Sequence[Judged]) -> dict[str, tuple[float, dict[str, float]]]:
+        """Kind -> (the limit's value, device -> the limit as a ratio to the dense model).
+
+        A limit in units of a configuration that was measured here is that measurement's multiple.
+        """
+        by_config = {j.candidate.config: j for j in judged}
+        found: dict[str, tuple[float, dict[str, float]]] = {}
+        for limit in self.context.spec.parsed_limits:
+            ratios: dict[str, float] = {}
+            for device, profile_ in self.profiled["profiles"].items():
+                if limit.kind == latency_kind(device):
+                    value, dense = self.prices.limit_value(limit), profile_["dense_ms"]
+                    ratios[device] = value / dense
+                    unit = limit.unit and by_config.get(self.prices.unit(limit.unit))
+                    measured = unit and unit.latency_ms[device]["ratio"]
+                    if measured and limit.factor:
+                        ratios[device] = limit.factor * measured
+                elif limit.kind == "latency.worst":
+                    ratios[device] = self.prices.limit_value(limit)
+            found[limit.kind] = (self.prices.limit_value(limit), ratios)
+        return found
+
+    def _broken(self, judged: Judged, limits: Mapping[str, Any]) -> dict[str, float]:
+        """Kind -> measured / limit, where even the low end of the measurement is above."""
+        found: dict[str, float] = {}
+        for kind, (_, ratios) in limits.items():
+            for device, limit in ratios.items():
+                low, ratio = (judged.latency_ms[device][k] for k in ("low", "ratio"))
+                if low is not None and ratio is not None and low > limit:
+                    found[kind] = max(found.get(kind, 0.0), ratio / limit)
+        return found
+
+    def _verdict(self, judged: Sequence[Judged]) -> Output:
+        limits = self._limits(judged)
+        won = next(j for j in judged if "winner" in j.labels)
+        rival = next((j for j in judged if "rival" in j.labels), None)
+        notes: list[str] = []
+        broken = self._broken(won, limits)
+        if broken and self.final:
+            kept = [j for j in judged if j.candidate.feasible and not self._broken(j, limits)]
+            if kept:
+                won = min(kept, key=lambda j: (j.candidate.loss, j.candidate.number))
+                notes.append("the search winner broke a limit when measured; the best that keeps "
+                             "it is chosen")
+            else:
+                notes.append("no configuration was measured within the limits")
+        baselines = [j for j in judged if any(label.startswith("uniform:") for label in j.labels)]
+        if not broken or self.final:
+            inside = [j for j in baselines if not self._broken(j, limits)]
+            better = confirm.replacement(won, inside, self.documents)
+            if better is not None:
+                won = better
+                notes.append("a uniform configuration was significantly better on held-out data "
+                             "and is chosen in the search winner's place")
+        return {
+            "winner": won.candidate.number,
+            "winner_config": list(won.candidate.config),
+            "rival": _option_of(rival),
+            "front": [
+                self._point(j) for j in judged if {"front", "winner"} & set(j.labels) or j is won
+            ],
+            "uniform": [self._uniform(j, won) for j in baselines],
+            "limits": {
+                kind: {"value": value, "ratio": ratios} for kind, (value, ratios) in limits.items()
+            },
+            "broken": {} if self.final else broken,
+            "notes": notes,
+            "clustered_by": "document" if won.loss.by_document else "window",
+        }
+
+    def _point(self, judged: Judged) -> dict[str, Any]:
+        candidate, space = judged.candidate, self.prices.space
+        options = [
+            (site, space.options[place][choice])
+            for place, (site, choice) in enumerate(zip(space.sites, candidate.config, strict=True))
+        ]
+        dropped: dict[str, int] = {}
+        for site, option in options:
+            if str(option) == "drop":
+                dropped[site.kind] = dropped.get(site.kind, 0) + 1
+        loss = judged.loss
+        return {
+            "number": candidate.number,
+            "origin": candidate.origin,
+            "loss_search": _known(candidate.loss),
+            "loss_heldout": _known(loss.mean),
+            "loss_error": _known(loss.error),
+            "weight_bytes": round(candidate.costs["weight_bytes"]),
+            "resident_bytes": round(candidate.costs["resident_bytes"]),
+            "bits": candidate.costs["bits"],
+            "latency_ms": judged.latency_ms,
+            "sparsity": self._mean_share(candidate, _zeros),
+            "rank": self._mean_share(candidate, _kept_by_rank),
+            "dropped": dropped,
+            "configuration": space.configuration(candidate.config),
+        }
+
+    def _mean_share(self, candidate: Candidate, share: Any) -> float:
+        """The weighted mean over remaining weight sites that have such a share at all."""
+        space = self.prices.space
+        total = found = 0.0
+        for place in space.weight_sites:
+            if space.void(candidate.config, place):
+                continue
+            value = share(space.options[place][candidate.config[place]])
+            weights = space.sites[place].weights
+            total += weights if share is _zeros or value else 0
+            found += value * weights
+        return found / total if total else 0.0
+
+    def _uniform(self, judged: Judged, won: Judged) -> dict[str, Any]:
+        found = confirm.difference(judged.evaluation, won.evaluation, self.documents)
+        return {
+            **self._point(judged),
+            "option": _option_of(judged) or "",
+            "difference": _known(found.mean),
+            "standard_error": _known(found.error),
+        }
+
+
+def _option_of(judged: Judged | None) -> str | None:
+    if judged is None:
+        return None
+    labels = [label for label in judged.labels if label.startswith("uniform:")]
+    return labels[0].removeprefix("uniform:") if labels else None
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _zeros(option: Option) -> float:
+    return float(option.sparsity) / 100 if option.sparsity and not isinstance(
+        option.sparsity, tuple
+    ) else 0.0
+
+
+def _kept_by_rank(option: Option) -> float:
+    return float(option.rank_percent) / 100 if option.rank_percent else 0.0

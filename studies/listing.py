@@ -1,0 +1,74 @@
+"""The sites of a model, for `apportion sites`."""
+
+from pathlib import Path
+
+import torch
+
+from apportion.errors import InvalidInput
+from apportion.spaces.discovery import Discovery, discover
+from apportion.spaces.sites import Site
+from apportion.spaces.space import Space
+from apportion.studies.cli.records import SiteRow
+from apportion.studies.context import worker_spec
+from apportion.studies.home import Home
+from apportion.studies.specification import StudySpec
+from apportion.workers.sources import open_model
+from apportion.workers.spec import open_setting
+
+PROBE_TOKENS = 8
+
+
+def site_rows(source: str | StudySpec) -> list[SiteRow]:
+    """Every site in tree order, then the layers that are none with the reason.
+
+    Args:
+        source: a model, or a study's specification (its options are listed too).
+
+    Raises:
+        InvalidInput: no model there, or a `python:` model without data to run it on.
+    """
+    if isinstance(source, StudySpec):
+        setting = open_setting(worker_spec(source, Home.find()))
+        found = discover(setting.opened.model, setting.sample)
+        return _rows(found, setting.space)
+    opened = open_model(source, "float32", Path.cwd())
+    if not opened.is_causal_lm:
+        raise InvalidInput(
+            f"{source}: its sites are found by running it, which needs data: give a study file "
+            f'("apportion init {source}" writes one)'
+        )
+    ids = torch.ones((1, PROBE_TOKENS), dtype=torch.int64)
+    return _rows(discover(opened.model, {"input_ids": ids}), None)
+
+
+def _rows(found: Discovery, space: Space | None) -> list[SiteRow]:
+    rows = [
+        SiteRow(
+            name=site.name,
+            kind=site.kind,
+            parent=site.parent,
+            layers=len(site.members),
+            weights=site.weights,
+            options=_options(site, space),
+            note=_note(site, space),
+        )
+        for site in found.sites
+    ]
+    return rows + [
+        SiteRow(
+            name=name, kind="-", parent=None, layers=1, weights=0, options=[], note=f"fixed: {why}"
+        )
+        for name, why in found.untreated.items()
+    ]
+
+
+def _options(site: Site, space: Space | None) -> list[str]:
+    if space is None or site.name not in space.names:
+        return []
+    return list(space.texts[space.names[site.name]])
+
+
+def _note(site: Site, space: Space | None) -> str:
+    if space is not None and site.name not in space.names:
+        return "fixed: no entry of the space names it"
+    return "only a site where a pattern names it" if site.optional else ""

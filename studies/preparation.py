@@ -1,0 +1,203 @@
+"""What is checked before a study exists: model, data, space, limits, memory and disk."""
+
+import shutil
+import time
+
+from apportion.cost_models.static import bits, site_bytes, weight_bytes
+from apportion.errors import InvalidInput
+from apportion.search.solvers.exact import infeasibility
+from apportion.spaces.batches import call, no_gradients
+from apportion.studies.cli.display import Display
+from apportion.studies.cli.records import CheckReport, Need, OperatorCount
+from apportion.studies.context import RANK_MULTIPLE, worker_spec
+from apportion.studies.database.store import Store
+from apportion.studies.home import Home
+from apportion.studies.pricing import Prices
+from apportion.studies.specification import StudySpec
+from apportion.units import format_bytes
+from apportion.workers.evaluator import Budgets
+from apportion.workers.memory import available_bytes, memory_need
+from apportion.workers.samples import PARTS, check_disjoint
+from apportion.workers.spec import Setting, open_setting
+
+SECONDS_PER_OPERATOR = 0.3
+SECONDS_PER_MODEL = 0.8
+MODELS_MEASURED = 30
+CALIBRATION_BYTES_PER_INPUT = 8
+
+
+def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Setting:
+    """Open everything that a study needs and refuse what cannot work, before it is created.
+
+    Raises:
+        InvalidInput: one line for what is wrong, with its place in the study file.
+    """
+    import torch
+
+    torch.set_num_threads(spec.objective.threads)
+    setting = open_setting(worker_spec(spec, home))
+    samples = {part: setting.open_part(part) for part in PARTS}
+    check_disjoint(samples)
+    for found in samples.values():
+        if found.note:
+            display.warning(found.note)
+    if not setting.space.weight_sites:
+        raise InvalidInput("space: no weight site of the model has a choice")
+    _check_limits(spec, setting)
+    for what, need in (("memory", memory(spec, setting, workers)), ("disk", disk(setting, home))):
+        if need["needed"] > need["free"]:
+            needed, free = format_bytes(need["needed"]), format_bytes(need["free"])
+            raise InvalidInput(f"{what}: this study needs {needed}, {free} are free")
+    return setting
+
+
+def check(spec: StudySpec, home: Home, display: Display) -> CheckReport:
+    """What a study would do and need. Raises InvalidInput like `prepare`."""
+    setting = prepare(spec, home, 1, display)
+    space = setting.space
+    cost = weight_bytes(setting.opened.model, space, RANK_MULTIPLE)
+    structure = [place for place, site in enumerate(space.sites) if site.is_structure]
+    fixed = cost.base + sum(cost.rows[place, 0] for place in structure)
+    return CheckReport(
+        sites=len(space.sites),
+        weight_sites=len(space.weight_sites),
+        structure_sites=len(structure),
+        options=len({text for row in space.texts for text in row}),
+        fixed_bytes=round(fixed),
+        devices=_devices(spec, setting, home),
+        memory=memory(spec, setting, 1),
+        disk=disk(setting, home),
+        search_seconds=_search_seconds(spec, setting),
+        workers=1,
+        warnings=[],
+    )
+
+
+def memory(spec: StudySpec, setting: Setting, workers: int) -> Need:
+    """Bytes that all workers take, and what is free."""
+    inputs = setting.objective.inputs(
+        setting.open_part("search").chunks(spec.objective.batch)[0].batch
+    )
+    windows = max(min(spec.search.windows, setting.open_part("search").windows), 1)
+    windows = max(windows, setting.open_part("heldout").windows)
+    blocks = [site.name for site in setting.blocks]
+    one = memory_need(setting.opened.model, blocks, inputs, windows, Budgets())
+    parts = {
+        "model": one.model,
+        "dense outputs": one.references,
+        "activations": one.activations,
+        "caches": one.caches,
+    }
+    each = {name: size * workers for name, size in parts.items()}
+    return Need(needed=one.total * workers, free=available_bytes(), parts=each)
+
+
+def disk(setting: Setting, home: Home) -> Need:
+    """Bytes that bank, cache and database take at most, and what is free."""
+    stored = site_bytes(setting.opened.model, setting.space, RANK_MULTIPLE)
+    bank = sum(size for row in stored for text, size in row.items() if text != "dense")
+    inputs = [
+        setting.space.sites[place].members[0].shape.in_features
+        for place in setting.space.weight_sites
+    ]
+    cache = CALIBRATION_BYTES_PER_INPUT * sum(width * width for width in inputs)
+    folder = next(p for p in (home.path, *home.path.parents) if p.exists())
+    parts = {"bank": bank, "cache": cache}
+    return Need(needed=bank + cache, free=shutil.disk_usage(folder).free, parts=parts)
+
+
+def _check_limits(spec: StudySpec, setting: Setting) -> None:
+    """Refuse unknown units, and limits on bytes that the smallest configuration does not meet."""
+    model, space = setting.opened.model, setting.space
+    stored = site_bytes(model, space, RANK_MULTIPLE)
+    texts = dict.fromkeys(t for place in space.weight_sites for t in space.texts[place])
+    uniform = {t: space.uniform(t, stored) for t in texts if t != "dense"}
+    static = {
+        "weight_bytes": weight_bytes(model, space, RANK_MULTIPLE),
+        "bits": bits(model, space, RANK_MULTIPLE),
+    }
+    rows = {kind: cost.rows for kind, cost in static.items()}
+    base = {kind: cost.base for kind, cost in static.items()}
+    prices = Prices(space, rows, base, {}, uniform)
+    for limit in spec.parsed_limits:
+        if limit.unit is not None:
+            try:
+                prices.unit(limit.unit)
+            except InvalidInput as error:
+                raise InvalidInput(f"limits.{limit.kind}: {error}") from error
+        if limit.kind not in static:
+            continue
+        found = infeasibility(prices.problem([limit], {}))
+        if found is not None:
+            raise InvalidInput(
+                f"limits cannot be met: {limit.kind} {_amount(limit.kind, prices, limit)}, the "
+                f"smallest configuration of this space is {_size(limit.kind, found.minimum)}"
+            )
+
+
+def _amount(kind: str, prices: Prices, limit: object) -> str:
+    from apportion.studies.limits import Limit
+
+    assert isinstance(limit, Limit)
+    return _size(kind, {kind: prices.limit_value(limit)})
+
+
+def _size(kind: str, totals: object) -> str:
+    value = dict(totals)[kind]  # type: ignore[call-overload]
+    return f"{value:.4g} bits" if kind == "bits" else format_bytes(value)
+
+
+def _devices(spec: StudySpec, setting: Setting, home: Home) -> dict[str, OperatorCount]:
+    """How many operators of each device are measured already."""
+    from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
+    from apportion.cost_models.measured import Context as MeasuringContext
+    from apportion.cost_models.measured import plan_item
+    from apportion.cost_models.requests import RequestItem
+    from apportion.cost_models.session import Session
+
+    counts: dict[str, OperatorCount] = {}
+    for name, device in spec.devices.items():
+        if device.kind != "cpu":
+            continue
+        threads = device.threads or 1
+        key = fingerprint_hash(fingerprint(threads))
+        known = _measured_keys(home, key)
+        session = Session({}, lambda batch: None, None, 0, lambda done, total: None)
+        context = MeasuringContext(
+            setting.opened.model, setting.space, setting.sample, threads, RANK_MULTIPLE, 0, session
+        )
+        items = [item.model_dump(exclude_none=True) for item in device.request]
+        wanted: set[str] = set()
+        for item in items:
+            wanted |= set(plan_item(context, RequestItem.from_json(item)).operators)
+        missing = len(wanted - known)
+        seconds = missing * SECONDS_PER_OPERATOR + MODELS_MEASURED * SECONDS_PER_MODEL * len(items)
+        counts[name] = OperatorCount(
+            operators=len(wanted), measured=len(wanted) - missing, seconds=seconds
+        )
+    return counts
+
+
+def _measured_keys(home: Home, fingerprint: str) -> set[str]:
+    if home.database_url is None and not (home.path / "studies.db").is_file():
+        return set()
+    store = Store.open(home.database)
+    try:
+        return set(store.measurements(fingerprint))
+    finally:
+        store.close()
+
+
+@no_gradients()
+def _search_seconds(spec: StudySpec, setting: Setting) -> float:
+    """The budget at the speed of one timed forward pass."""
+    chunk = setting.open_part("search").chunks(spec.objective.batch)[0]
+    inputs = setting.objective.inputs(chunk.batch)
+    call(setting.opened.model, inputs)
+    began = time.perf_counter()
+    call(setting.opened.model, inputs)
+    each = (time.perf_counter() - began) / chunk.windows
+    tokens = (spec.data.context or 1) if spec.data.is_text else 1
+    return each * spec.search.tokens / tokens
+
+

@@ -1,0 +1,152 @@
+"""What configurations cost, and the problem that a solver is given: arrays, no models."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apportion.cost_models.table import CostTable, guarded_limit, guarded_rows
+from apportion.errors import InvalidInput
+from apportion.search.problem import Config, Problem
+from apportion.spaces.space import DENSE, DROP, Space
+from apportion.studies.limits import Limit
+
+Rows = NDArray[np.float64]
+WORST = "latency.worst"
+
+
+def latency_kind(device: str) -> str:
+    """The kind of cost that a device's latency is."""
+    return f"latency.{device}"
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Everything that is known of costs before a configuration is run.
+
+    Attributes:
+        space: sites and options, struck ones left out.
+        rows: kind -> [sites, options] in the kind's unit; inf where a site has fewer options.
+        base: kind -> what no site holds.
+        tables: device -> its latency table (the rows of `latency.DEVICE` are its means).
+        uniform: option text -> that option everywhere.
+    """
+
+    space: Space
+    rows: Mapping[str, Rows]
+    base: Mapping[str, float]
+    tables: Mapping[str, CostTable]
+    uniform: Mapping[str, Config]
+
+    @property
+    def parent(self) -> NDArray[np.int64]:
+        """Place of the structure site around each site, -1: none."""
+        return np.asarray(self.space.parent, dtype=np.int64)
+
+    @property
+    def drops(self) -> NDArray[np.bool_]:
+        """[sites, options] the options that drop a site."""
+        width = max(len(row) for row in self.space.texts)
+        drops = np.zeros((len(self.space.sites), width), dtype=bool)
+        for place, row in enumerate(self.space.texts):
+            for option, text in enumerate(row):
+                drops[place, option] = text == DROP
+        return drops
+
+    def total(self, kind: str, config: Config) -> float:
+        """One cost of a configuration, in the kind's unit."""
+        held = [
+            self.rows[kind][place, option]
+            for place, option in enumerate(config)
+            if not self.space.void(config, place)
+        ]
+        return float(self.base[kind] + sum(held))
+
+    def costs(self, config: Config) -> dict[str, float]:
+        """Every cost of a configuration; `latency.worst` is over latency / dense latency."""
+        found = {kind: self.total(kind, config) for kind in self.rows}
+        if self.tables:
+            dense = (0,) * len(config)
+            shares = [
+                found[latency_kind(d)] / self.total(latency_kind(d), dense) for d in self.tables
+            ]
+            found[WORST] = max(shares)
+        return found
+
+    def unit(self, option: str) -> Config:
+        """The uniform configuration that a limit is measured in. Raises InvalidInput."""
+        if option == DENSE:
+            return (0,) * len(self.space.sites)
+        if option not in self.uniform:
+            known = ", ".join([DENSE, *self.uniform])
+            raise InvalidInput(f'"{option}" is no option of this space; units here: {known}')
+        return self.uniform[option]
+
+    def limit_value(self, limit: Limit) -> float:
+        """A limit in the unit of its kind. Raises InvalidInput with the key."""
+        if limit.factor is None or limit.unit is None:
+            if limit.value is None:
+                raise InvalidInput(f"limits.{limit.kind}: no value")
+            return limit.value
+        try:
+            unit = self.unit(limit.unit)
+        except InvalidInput as error:
+            raise InvalidInput(f"limits.{limit.kind}: {error}") from error
+        return limit.factor * self.costs(unit)[limit.kind]
+
+    def problem(self, limits: Iterable[Limit], tightening: Mapping[str, float]) -> Problem:
+        """The problem for a solver.
+
+        Args:
+            limits: all of them hold.
+            tightening: kind -> factor (at most 1) on what lies above the base, after a broken limit.
+        """
+        cost, bound, base = dict(self.rows), {}, dict(self.base)
+        for limit in limits:
+            for name, kind, rows, value in self._guarded(limit):
+                cost[name], base[name] = rows, self.base[kind]
+                share = tightening.get(limit.kind, 1.0)
+                bound[name] = base[name] + (value - base[name]) * share
+        sites, width = self.drops.shape
+        loss = np.full((sites, width), np.inf)
+        for place, row in enumerate(self.space.texts):
+            loss[place, : len(row)] = np.nan
+            loss[place, 0] = 0.0
+        return Problem(
+            loss=loss,
+            cost=cost,
+            base=base,
+            limit=bound,
+            parent=self.parent,
+            neutral=np.zeros(sites, dtype=np.int64),
+            drops=self.drops,
+            count=np.asarray([len(row) for row in self.space.texts], dtype=np.int64),
+            uniform=dict(self.uniform),
+        )
+
+    def _guarded(self, limit: Limit) -> list[tuple[str, str, Rows, float]]:
+        """A limit as (name, kind, rows for the solver, bound): latencies carry their margin."""
+        kind, value = limit.kind, self.limit_value(limit)
+        if kind == WORST:
+            return [self._worst(device, value) for device in self.tables]
+        if not kind.startswith("latency."):
+            return [(kind, kind, self.rows[kind], value)]
+        table = self.tables[kind.removeprefix("latency.")]
+        if limit.unit is None:
+            return [(kind, kind, table.rows, guarded_limit(value, table.base, table.margin))]
+        unit = self.unit(limit.unit)
+        held = [
+            0.0 if self.space.void(unit, place) else table.rows[place, option]
+            for place, option in enumerate(unit)
+        ]
+        parent = self.space.parent
+        rows = guarded_rows(table.rows, np.asarray(held), table.margin, parent, self.drops)
+        return [(kind, kind, rows, value)]
+
+    def _worst(self, device: str, share: float) -> tuple[str, str, Rows, float]:
+        """`latency.worst` holds on every device on its own, beside that device's own limit."""
+        kind, table = latency_kind(device), self.tables[device]
+        bound = share * self.total(kind, (0,) * len(self.space.sites))
+        limit = guarded_limit(bound, table.base, table.margin)
+        return (f"{WORST}@{device}", kind, table.rows, limit)

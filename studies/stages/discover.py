@@ -1,0 +1,76 @@
+"""Discover: the model's sites, their options, and the data, as the study will hold them to."""
+
+from collections import Counter
+
+from apportion.errors import InvalidInput
+from apportion.spaces.space import Space
+from apportion.studies.context import Context, Output
+from apportion.workers.samples import PARTS, check_disjoint
+
+AGAIN = "submit it under another name, what is still valid is reused"
+
+
+def run(context: Context) -> Output:
+    """The stage's output: what must be the same when the study is resumed.
+
+    Raises:
+        InvalidInput: parts of the data share documents, or no site has a choice.
+    """
+    samples = {part: context.samples(part) for part in PARTS}
+    check_disjoint(samples)
+    space = context.setting.space
+    if not space.weight_sites:
+        raise InvalidInput("space: no weight site of the model has a choice")
+    for found in samples.values():
+        if found.note:
+            context.display.warning(found.note)
+    return {
+        "model": {"source": context.opened.source, "revision": context.opened.revision},
+        "data": {part: found.hash for part, found in samples.items()},
+        "windows": {part: found.windows for part, found in samples.items()},
+        "objective": context.setting.objective.hash,
+        "numerics": context.numerics,
+        "space": _texts(space),
+    }
+
+
+def summary(space: Space) -> str:
+    """ "42 sites: 24 weight sites (42 linear layers), 12 sub-blocks, 6 blocks · 13 options"."""
+    kinds = Counter(
+        "block" if s.kind == "block" else "sub-block" for s in space.sites if s.is_structure
+    )
+    layers = sum(len(site.members) for site in space.sites)
+    parts = [f"{len(space.weight_sites)} weight sites ({layers} layers)"]
+    parts += [f"{kinds[kind]} {kind}s" for kind in ("sub-block", "block") if kinds[kind]]
+    options = len({text for row in space.texts for text in row})
+    return f"{len(space.sites)} sites: {', '.join(parts)} · {options} options"
+
+
+def check_unchanged(context: Context, output: Output) -> None:
+    """Refuse to resume on another model, other data, code or another machine.
+
+    Raises:
+        InvalidInput: what has changed.
+    """
+    before, now = output["model"]["revision"], context.opened.revision
+    if before != now:
+        raise InvalidInput(
+            f"refused: the model behind {output['model']['source']} has changed since the study "
+            f"began ({before[:8]}... -> {now[:8]}...); {AGAIN}"
+        )
+    for part in PARTS:
+        if output["data"][part] != context.samples(part).hash:
+            raise InvalidInput(f"refused: the {part} data have changed; {AGAIN}")
+    if output["objective"] != context.setting.objective.hash:
+        raise InvalidInput(f"refused: the code of the loss has changed; {AGAIN}")
+    if output["numerics"] != context.numerics:
+        raise InvalidInput(
+            "refused: evaluations would be run otherwise than before "
+            f"({output['numerics']} -> {context.numerics}); {AGAIN}"
+        )
+    if output["space"] != _texts(context.setting.space):
+        raise InvalidInput(f"refused: the model's sites or options are found differently; {AGAIN}")
+
+
+def _texts(space: Space) -> dict[str, list[str]]:
+    return {s.name: list(t) for s, t in zip(space.sites, space.texts, strict=True)}

@@ -1,0 +1,170 @@
+"""Profile: what every option costs, in bytes and in milliseconds measured on each device."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from apportion.cost_models.fingerprint import doubt, fingerprint, fingerprint_hash
+from apportion.cost_models.profile import Profile, measure_profile
+from apportion.cost_models.recorded import read_recorded
+from apportion.cost_models.requests import RequestItem
+from apportion.cost_models.static import bits, resident_cost, site_bytes, struck, weight_bytes
+from apportion.cost_models.table import CostTable, Rows, padded
+from apportion.spaces.space import DENSE, Config, Space
+from apportion.studies.context import RANK_MULTIPLE, Context, Output, worker_spec
+from apportion.studies.evaluations import Stopped
+from apportion.studies.pricing import Prices, latency_kind
+from apportion.studies.specification.sections import Device
+from apportion.workers.device_lock import DeviceLock
+from apportion.workers.timing import run_timing
+
+LOCKS = Path(tempfile.gettempdir()) / "apportion-locks"
+"""Known to all studies of this machine, whatever their home."""
+
+
+def device_lock() -> DeviceLock:
+    """The lock of this machine's processor."""
+    return DeviceLock(LOCKS, "cpu")
+
+
+def run(context: Context) -> Output:
+    """Measure every device; strike options that gain nothing on any.
+
+    Raises:
+        InvalidInput: a recorded device lacks a measurement, or the model cannot do the request.
+        Stopped: the user asked to stop; what was measured is stored.
+    """
+    space = context.setting.space
+    profiles = {name: _profile(context, name, d) for name, d in context.spec.devices.items()}
+    static = weight_bytes(context.model, space, RANK_MULTIPLE)
+    return {
+        "profiles": {name: profile.to_json() for name, profile in profiles.items()},
+        "struck": struck(space, static, list(profiles.values())),
+    }
+
+
+def uniform_configs(context: Context, space: Space) -> dict[str, Config]:
+    """Every weight option everywhere, in the order of the study file."""
+    stored = site_bytes(context.model, space, RANK_MULTIPLE)
+    texts = dict.fromkeys(t for place in space.weight_sites for t in space.texts[place])
+    return {text: space.uniform(text, stored) for text in texts if text != DENSE}
+
+
+def _profile(context: Context, name: str, device: Device) -> Profile:
+    with context.display.stage("profile") as bar:
+        if device.kind == "recorded":
+            profile = _recorded(context, device)
+        else:
+            profile = _measured(context, device, bar.update)
+        error = f"{100 * profile.mean_error:.1f} %"
+        where = f"'{name}' " if len(context.spec.devices) > 1 else ""
+        bar.end(
+            f"{where}{profile.operators} operators {_how(device)}, median "
+            f"±{100 * profile.operator_width:.1f} % · whole model within {error} "
+            f"({len(profile.measured)} configurations)"
+        )
+    line = doubt(profile.conditions)
+    if line is not None and device.kind == "cpu":
+        context.display.warning(line)
+    return profile
+
+
+def _how(device: Device) -> str:
+    return "recorded" if device.kind == "recorded" else "measured"
+
+
+def _recorded(context: Context, device: Device) -> Profile:
+    recorded = read_recorded(Path(device.file or ""))
+    space = context.setting.space
+    return measure_profile(
+        context.model,
+        space,
+        [RequestItem.from_json(item) for item in request_of(device)],
+        context.setting.sample,
+        threads=int(recorded.fingerprint["threads"]),
+        known=recorded.measurements,
+        record=lambda batch: None,
+        seed=context.spec.study.seed,
+        uniforms=list(uniform_configs(context, space).values()),
+        timing=None,
+        fingerprint=recorded.fingerprint,
+        rank_multiple=RANK_MULTIPLE,
+    )
+
+
+def request_of(device: Device) -> list[dict[str, Any]]:
+    """A device's request as JSON."""
+    return [item.model_dump(mode="json", exclude_none=True) for item in device.request]
+
+
+def _measured(context: Context, device: Device, update: Any) -> Profile:
+    threads = device.threads or 1
+    key = fingerprint_hash(fingerprint(threads))
+
+    def hear(message: dict[str, Any]) -> None:
+        if "record" in message:
+            context.store.record_measurements(key, message["record"])
+        if "progress" in message:
+            update(*message["progress"], "")
+        if context.stop.is_set():
+            raise Stopped
+
+    job = {
+        "kind": "profile",
+        "worker": worker_spec(context.spec, context.home),
+        "request": request_of(device),
+        "known": context.store.measurements(key),
+        "seed": context.spec.study.seed,
+        "uniforms": list(uniform_configs(context, context.setting.space).values()),
+    }
+    log = context.home.log(context.spec.study.name)
+    with device_lock().exclusive(lambda: waiting(context, update)):
+        return Profile.from_json(run_timing(job, threads, hear, log))
+
+
+def _waiting(context: Context, update: Any) -> None:
+    if context.stop.is_set():
+        raise Stopped
+    update(0, 1, "waiting: another study evaluates or times on this machine")
+
+
+def prices(context: Context, output: Output) -> Prices:
+    """The costs of the space that is left after striking, for solvers and reports."""
+    profiles = {name: Profile.from_json(p) for name, p in output["profiles"].items()}
+    space = context.setting.space.without(output["struck"])
+    model = context.model
+    first = next(iter(profiles.values()))
+    static = {
+        "weight_bytes": weight_bytes(model, space, RANK_MULTIPLE),
+        "resident_bytes": resident_cost(model, space, first.implementations, RANK_MULTIPLE),
+        "bits": bits(model, space, RANK_MULTIPLE),
+    }
+    tables = {name: _table(profile, space) for name, profile in profiles.items()}
+    rows = {kind: cost.rows for kind, cost in static.items()}
+    base = {kind: cost.base for kind, cost in static.items()}
+    for name, table in tables.items():
+        rows[latency_kind(name)], base[latency_kind(name)] = table.rows, table.base
+    return Prices(space, rows, base, tables, uniform_configs(context, space))
+
+
+def _table(profile: Profile, space: Space) -> CostTable:
+    """A profile's table for the sites and options that are left after striking."""
+    texts = dict(zip(profile.sites, profile.options, strict=True))
+
+    def chosen(values: tuple[tuple[float, ...], ...]) -> Rows:
+        by_site = dict(zip(profile.sites, values, strict=True))
+        return padded(
+            [
+                [by_site[site.name][texts[site.name].index(text)] for text in left]
+                for site, left in zip(space.sites, space.texts, strict=True)
+            ]
+        )
+
+    return CostTable(chosen(profile.rows), chosen(profile.upper), profile.base, profile.margin)
+
+
+def implementations(output: Output) -> dict[str, dict[str, str]]:
+    """Site -> option -> implementation, as the first device's profile chose."""
+    profile = next(iter(output["profiles"].values()))
+    chosen: dict[str, dict[str, str]] = profile["implementations"]
+    return chosen

@@ -1,0 +1,85 @@
+"""Static costs against the bytes of files that are really written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from apportion.cost_models.operators import random_weights
+from apportion.cost_models.rows import shape_of
+from apportion.cost_models.static import bits, resident_cost, struck, weight_bytes
+from apportion.kernels.group import resident_bytes
+from apportion.spaces.artifact import Plan, contents
+from apportion.spaces.space import DENSE
+
+
+def payload(path: Path) -> int:
+    """Bytes of all tensors of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def configurations(space) -> list[dict[str, str]]:
+    names = [site.name for site in space.sites if not site.is_structure]
+    structures = [site.name for site in space.sites if site.is_structure]
+    uniform = [dict.fromkeys(names, text) for text in space.texts[space.index(names[0])]]
+    return [*uniform, *({name: "drop"} for name in structures), {structures[0]: "drop",
+            names[-1]: "w3g32+r4"}]  # fmt: skip
+
+
+def test_weight_bytes_equal_the_written_file(tiny, space, tmp_path: Path) -> None:
+    cost, shape = weight_bytes(tiny, space), shape_of(space)
+    stored = random_weights(space, "float32", 8)
+    for number, configuration in enumerate(configurations(space)):
+        plan = Plan(space, space.canonical(configuration), stored, AnyImplementation())
+        save_file(contents(tiny, plan)[0], tmp_path / f"{number}.safetensors")
+        predicted = cost.base + shape.total(cost.rows, space.config(configuration))
+        assert predicted == payload(tmp_path / f"{number}.safetensors"), configuration
+
+
+class AnyImplementation(dict):
+    """The files do not depend on who runs them."""
+
+    def __missing__(self, key: str) -> "AnyImplementation | str":
+        return self if "." in key else "linear.f32"
+
+
+def test_bits_are_the_mean_of_stored_bits(tiny, space) -> None:
+    cost, shape = bits(tiny, space), shape_of(space)
+    assert shape.total(cost.rows, (0,) * len(space.sites)) == pytest.approx(32)
+    names = [site.name for site in space.sites if not site.is_structure]
+    config = space.config(dict.fromkeys(names, "w4g64"))
+    assert shape.total(cost.rows, config) == pytest.approx(4 + 32 / 64)
+
+
+def test_bits_dropped_sites_count_as_nothing(tiny, space) -> None:
+    cost, shape = bits(tiny, space), shape_of(space)
+    config = space.config({"blocks.0": "drop"})
+    assert shape.total(cost.rows, config) == pytest.approx(16)
+
+
+def test_resident_bytes_of_dense_are_those_of_the_model(tiny, space) -> None:
+    names = {s.name: dict.fromkeys(space.texts[i], "linear.f32") for i, s in enumerate(space.sites)}
+    for options in names.values():
+        options |= {"w8a8": "int8.onednn", "bf16": "linear.bf16"}
+    cost, shape = resident_cost(tiny, space, names), shape_of(space)
+    dense = cost.base + shape.total(cost.rows, (0,) * len(space.sites))
+    assert dense == resident_bytes(tiny)
+    site = space.weight_sites[0]
+    halved = space.texts[site].index("bf16")
+    assert cost.rows[site, halved] == cost.rows[site, 0] / 2
+
+
+def test_struck_options_are_neither_smaller_nor_faster(tiny, space) -> None:
+    cost = weight_bytes(tiny, space)
+    rows = cost.rows.copy()
+    site = space.weight_sites[0]
+    rows[site, 2] = rows[site, 0]
+    larger = type(cost)(rows, cost.base)
+    assert struck(space, larger, []) == {space.sites[site].name: [space.texts[site][2]]}
+    assert (
+        DENSE not in struck(space, type(cost)(np.ones_like(rows), 0.0), [])[space.sites[site].name]
+    )

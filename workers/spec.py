@@ -1,0 +1,123 @@
+"""All that a fresh process needs to become a worker, as JSON."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from apportion.spaces.bank import Bank
+from apportion.spaces.batches import Batch
+from apportion.spaces.discovery import discover
+from apportion.spaces.sites import Site
+from apportion.spaces.space import Entry, Space, build_space
+from apportion.workers.evaluator import Budgets, Evaluator
+from apportion.workers.objectives import Objective, open_objective
+from apportion.workers.realized import Index, RealizedStore
+from apportion.workers.samples import Part, Samples
+from apportion.workers.sources import OpenedModel, open_data, open_model
+
+
+class WorkerSpec(TypedDict):
+    """What a worker is made of.
+
+    Keys:
+        source, dtype, trust_remote_code: the model, resolved.
+        data, seed: `[data]`, and what shuffles its windows.
+        objective: the loss.
+        threads: threads of an evaluation.
+        batch: windows of a forward pass.
+        space: for each entry the fields of `spaces.space.Entry`.
+        rank_multiple: what ranks are rounded down to.
+        bank: its folder.
+        index: a JSON file, site -> option -> key of the bank's entry.
+        base: the folder that relative paths start from.
+        budgets: bytes of each cache (`Budgets`); what is left out has its default.
+    """
+
+    source: str
+    dtype: str
+    trust_remote_code: bool
+    data: dict[str, Any]
+    seed: int
+    objective: str
+    threads: int
+    batch: int
+    space: list[list[Any]]
+    rank_multiple: int
+    bank: str
+    index: str
+    base: str
+    budgets: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with its space and its data, opened from a specification."""
+
+    opened: OpenedModel
+    sites: tuple[Site, ...]
+    space: Space
+    objective: Objective
+    open_part: Callable[[Part], Samples]
+    sample: Batch
+
+    @property
+    def blocks(self) -> list[Site]:
+        """The model's blocks, in the space or not."""
+        return [site for site in self.sites if site.kind == "block"]
+
+
+def open_setting(spec: WorkerSpec) -> Setting:
+    """Load model, data and space; the sample is one forward pass on one window.
+
+    Raises:
+        InvalidInput: something that the specification names is not there, or does not fit.
+    """
+    base = Path(spec["base"])
+    opened = open_model(spec["source"], spec["dtype"], base, spec["trust_remote_code"])
+    objective = open_objective(spec["objective"], base)
+
+    def open_part(part: Part) -> Samples:
+        return open_data(spec["data"], part, opened.tokenizer, base, spec["seed"])
+
+    sample = objective.inputs(open_part("search").chunks(1)[0].batch)
+    sites = discover(opened.model, sample).sites
+    entries = [_entry(fields) for fields in spec["space"]]
+    space = build_space(sites, entries, spec["rank_multiple"])
+    return Setting(opened, sites, space, objective, open_part, sample)
+
+
+def build_evaluator(spec: WorkerSpec) -> Evaluator:
+    """Make an evaluator, and set this process's number of torch threads.
+
+    Raises:
+        InvalidInput: something that the specification names is not there, or does not fit.
+        OSError: the index cannot be read.
+    """
+    torch.set_num_threads(spec["threads"])
+    setting = open_setting(spec)
+    budgets = Budgets(**spec["budgets"])
+    return Evaluator(
+        setting.opened,
+        setting.space,
+        setting.blocks,
+        RealizedStore(Bank(Path(spec["bank"])), read_index(spec), budgets.realized),
+        setting.objective,
+        setting.open_part,
+        chunk_windows=spec["batch"],
+        budgets=budgets,
+    )
+
+
+def read_index(spec: WorkerSpec) -> Index:
+    """Site -> option -> key of the bank's entry. Raises OSError."""
+    index: Index = json.loads(Path(spec["index"]).read_text())
+    return index
+
+
+def _entry(fields: Sequence[Any]) -> Entry:
+    sites, options, *rest = fields
+    return Entry(tuple(sites), tuple(options), *rest)
