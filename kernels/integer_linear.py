@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from apportion.kernels.dense_linear import refuses_convolutions
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.kernels.group import joined_bias
-from apportion.kernels.reference import ACTIVATION_LEVELS, weight_codes
+from apportion.kernels.reference import (
+    ACTIVATION_LEVELS,
+    ReferenceLayer,
+    reference_weight,
+    weight_codes,
+)
 
 INT4_GROUPS = (32, 64, 128)
 INT4_ROWS = 16
@@ -151,6 +156,32 @@ def refuses_int8_activations(
     if not torch._C._has_mkldnn or not any(capabilities.get(name) for name in VNNI):
         # Without them oneDNN adds pairs of products in 16 bits, which saturates.
         return "needs a CPU with VNNI instructions and oneDNN, or its sums are not exact"
+    return None
+
+
+class ReferenceInt8(nn.Module):
+    """x -> one output per member, by the definition of integer activations: exact and slow.
+
+    What an option with integer activations runs as where nothing faster serves it.
+    """
+
+    def __init__(self, weights: Sequence[StoredWeight], biases: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            ReferenceLayer(reference_weight(weight), bias, weight.format, weight.shape)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+def refuses_reference_int8(format: Format, shapes: Sequence[LayerShape], device: str) -> str | None:
+    """Why the definition itself does not serve: no integer activations, or a faster one does."""
+    if format.activation_bits is None:
+        return "is for integer activations"
+    if refuses_int8_activations(format, shapes, device) is None:
+        return "is for layers that int8.onednn does not serve"
     return None
 
 

@@ -85,6 +85,7 @@ def _integer() -> list[Implementation]:
         Implementation(
             "int8.onednn", integer.refuses_int8_activations, integer.Int8ActivationLinear
         ),
+        Implementation("int8.reference", integer.refuses_reference_int8, integer.ReferenceInt8),
     ]
 
 

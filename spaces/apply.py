@@ -22,7 +22,7 @@ class Dropped(nn.Module):
 
     It returns its input where the sub-block added its own residual, zeros otherwise, in the form
     that the caller expects. Where a key-value cache is handed in, the dropped layer's entry grows
-    by empty keys, because models read the sequence length from the cache's first layer.
+    by keys of one channel, because models read the sequence length from the cache's first layer.
     """
 
     def __init__(self, site: Site, replaced: nn.Module) -> None:
@@ -43,9 +43,9 @@ class Dropped(nn.Module):
         hidden = next(a for a in (*args, *keywords.values()) if isinstance(a, Tensor))
         cache = keywords.get("past_key_values")
         if cache is not None:
-            empty = hidden.new_empty(hidden.shape[0], 1, hidden.shape[1], 0)
+            keys = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             for index in self.layer_indices:
-                cache.update(empty, empty, index)
+                cache.update(keys, keys, index)
         output = hidden if self.site.residual_inside else torch.zeros_like(hidden)
         if self.site.output == "tuple":
             return (output, *[None] * (self.site.output_length - 1))

@@ -176,7 +176,7 @@ def load(folder: str | Path, model: Callable[[], nn.Module] | None = None) -> nn
 
     Args:
         folder: what `apportion export` wrote.
-        model: builds the dense module; needed for `python:` models, whose code is not in the folder.
+        model: builds the dense module; needed for `python:` models, whose code is elsewhere.
 
     Raises:
         InvalidInput: no artifact, a damaged one, or a `python:` model without `model`.

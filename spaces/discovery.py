@@ -8,7 +8,7 @@ a block whose output has the shape of the block's hidden state.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def layer_member(name: str, module: nn.Module) -> Member | None:
         type(module).__name__ == "Conv1D"
         and type(module).__module__ == "transformers.pytorch_utils"
     ):
-        out_features, in_features = int(module.weight.shape[1]), int(module.weight.shape[0])
+        in_features, out_features = cast(Tensor, module.weight).shape
         return Member(name, LayerShape(out_features, in_features), transposed=True)
     return None
 
@@ -175,7 +175,7 @@ def _holds_member(name: str, members: dict[str, Member]) -> bool:
 
 
 def _blocks(model: nn.Module, members: dict[str, Member], calls: dict[str, _Call]) -> list[Site]:
-    """The children of every list of at least two like modules that keep the hidden state's shape."""
+    """The children of lists of at least two like modules that keep the hidden state's shape."""
     blocks: list[Site] = []
     for list_name, modules in model.named_modules():
         if not isinstance(modules, nn.ModuleList | nn.Sequential) or len(modules) < 2:

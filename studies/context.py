@@ -1,5 +1,6 @@
 """What the stages of one study share while its driver runs."""
 
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Context:
         lease: the right to write to it.
         stop: set when the user asked to stop.
         workers: processes that evaluate; 1: this one.
+        progress: what `status` tells of a search: tokens, best, recoveries.
     """
 
     spec: StudySpec
@@ -70,6 +72,7 @@ class Context:
     display: Display
     stop: Event
     workers: int = 1
+    progress: dict[str, Any] = field(default_factory=dict)
     _samples: dict[Part, Samples] = field(default_factory=dict)
 
     @cached_property
@@ -125,6 +128,10 @@ class Context:
             bank=bank,
         )
 
+    def say(self, state: str, stage: str) -> None:
+        """Tell the database what the study is at."""
+        self.store.set_state(self.lease, state, stage, json.dumps(self.progress))
+
     def stage(self, name: str, compute: Callable[[], Output], round: int = 0) -> Output:
         """A stage's stored output, or that of running it now.
 
@@ -136,7 +143,7 @@ class Context:
             return stored
         if self.stop.is_set():
             raise Stopped
-        self.store.set_state(self.lease, "running", name, "")
+        self.say("running", name)
         began = time.perf_counter()
         output = compute()
         self.store.record_stage(self.lease, name, round, output, time.perf_counter() - began)

@@ -74,7 +74,7 @@ def drive(context: Context) -> None:
     compressed = context.stage("compress", lambda: compress.run(context, prices.space))
     if context.store.stage_output(context.study_id, "report") is None:
         _rounds(context, prices, profiled, compressed["index"])
-    context.store.set_state(context.lease, "done", "", "")
+    context.say("done", "")
 
 
 def _discover(context: Context) -> Output:
@@ -137,22 +137,25 @@ def _search_round(
 
     def run() -> Output:
         with context.display.stage("search") as bar:
-            total = search.settings.tokens
-
-            def show(progress: Progressed) -> None:
-                tokens = f"{progress.tokens / 1e6:.2f} of {total / 1e6:.2f} M tokens"
-                text = f"{tokens} · {progress.evaluations} evaluations · best {progress.best:.4g}"
-                bar.update(progress.tokens, total, f"{text} · {progress.origin}")
-                last.append(text)
-
-            last: list[str] = []
-            search.progress = show
-            found.extend(search.run(trials, state))
-            bar.end(last[-1] if last else "nothing to do")
+            told = "nothing to do"
+            for progress in search.run(trials, state, found):
+                told = _told(progress, search.settings.tokens)
+                bar.update(progress.tokens, search.settings.tokens, told)
+                context.progress |= {"tokens": progress.tokens, "best": progress.best}
+                context.progress |= {"recoveries": runner.pool.recoveries}
+                if progress.is_new:
+                    context.say("running", "search")
+            bar.end(told)
         return {"candidates": [_candidate_json(c) for c in found]}
 
     output = context.stage("search", run, round)
     return [_candidate(value) for value in output["candidates"]]
+
+
+def _told(progress: Progressed, budget: int) -> str:
+    best = "none within limits yet" if progress.best is None else f"best {progress.best:.4g}"
+    tokens = f"{progress.tokens / 1e6:.2f} of {budget / 1e6:.2f} M tokens"
+    return f"{tokens} · {progress.evaluations} evaluations · {best}"
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -186,12 +189,8 @@ def _search(
     def record(trials: list[NewTrial], state: Mapping[str, Any]) -> Sequence[int]:
         return context.store.record_proposals(context.lease, round, trials, state)
 
-    def message(progress: Progressed) -> None:
-        value = {"tokens": progress.tokens, "best": progress.best}
-        context.store.set_state(context.lease, "running", "search", json.dumps(value))
-
     naming = context.naming(index)
-    return Search(prices, problem, settings, search.solver, naming, runner, record, message)
+    return Search(prices, problem, settings, search.solver, naming, runner, record)
 
 
 @contextmanager
@@ -217,4 +216,3 @@ def _index_file(context: Context, index: dict[str, dict[str, str]]) -> Path:
     if not path.is_file():
         path.write_text(json.dumps(index))
     return path
-

@@ -62,8 +62,11 @@ class Judging:
         with self.context.display.stage("confirm") as bar:
             evaluations = self._held_out([c for c, _ in chosen], bar.update)
             measured = self._measured([c for c, _ in chosen], bar.update)
-            timed = len(next(iter(measured.values()), {}))
-            bar.end(f"{len(chosen)} configurations on held-out data, {timed} timed end to end")
+            timed = {id(m) for times in measured.values() for m in times.values()}
+            bar.end(
+                f"{len(chosen)} configurations on held-out data, "
+                f"{len(timed)} distinct programs timed end to end"
+            )
         judged = [
             Judged(
                 candidate,
@@ -115,18 +118,19 @@ class Judging:
         self, candidates: Sequence[Candidate], update: Any
     ) -> dict[str, dict[tuple[int, ...], Measurement]]:
         """Device -> configuration -> its whole model's time, for devices that are here."""
-        found = {}
+        by_device = {}
         devices = {n: d for n, d in self.context.spec.devices.items() if d.kind == "cpu"}
         for name, device in devices.items():
-            update(0, 1, f"timing {len(candidates)} whole models on '{name}'")
             implementations = self.profiled["profiles"][name]["implementations"]
+            programs = [self._program(name, candidate) for candidate in candidates]
             configurations = {
-                str(place): {
+                str(programs.index(program)): {
                     "configuration": self.prices.space.configuration(candidate.config),
                     "implementations": implementations,
                 }
-                for place, candidate in enumerate(candidates)
+                for program, candidate in zip(programs, candidates, strict=True)
             }
+            update(0, 1, f"timing {len(configurations)} whole models on '{name}'")
             job = {
                 "kind": "compare",
                 "worker": worker_spec(self.context.spec, self.context.home, self.index_file),
@@ -138,11 +142,25 @@ class Judging:
             log = self.context.home.log(self.context.spec.study.name)
             with profile.device_lock().exclusive(lambda: profile.waiting(self.context, update)):
                 times = run_timing(job, device.threads or 1, lambda message: None, log)
-            found[name] = {
-                candidate.config: Measurement.from_json(times[str(place)])
-                for place, candidate in enumerate(candidates)
+            measured = {place: Measurement.from_json(found) for place, found in times.items()}
+            by_device[name] = {
+                candidate.config: measured[str(programs.index(program))]
+                for program, candidate in zip(programs, candidates, strict=True)
             }
-        return found
+        return by_device
+
+    def _program(self, device: str, candidate: Candidate) -> tuple[float, ...]:
+        """What runs, as the row of every site: equal rows stem from the same measured operator.
+
+        Configurations that run the same operators are the same program and are timed once: between
+        two builds of one program timings differ by more than within one, which would let a
+        configuration break a limit that is its own.
+        """
+        rows, space = self.prices.tables[device].rows, self.prices.space
+        return tuple(
+            -1.0 if space.void(candidate.config, place) else float(rows[place, option])
+            for place, option in enumerate(candidate.config)
+        )
 
     def _latencies(
         self, candidate: Candidate, measured: Mapping[str, Mapping[tuple[int, ...], Measurement]]
@@ -164,7 +182,8 @@ class Judging:
     def _limits(self, judged: Sequence[Judged]) -> dict[str, tuple[float, dict[str, float]]]:
         """Kind -> (the limit's value, device -> the limit as a ratio to the dense model).
 
-        A limit in units of a configuration that was measured here is that measurement's multiple.
+        A limit in units of a configuration that was measured here is a multiple of the upper end
+        of that measurement.
         """
         by_config = {j.candidate.config: j for j in judged}
         found: dict[str, tuple[float, dict[str, float]]] = {}
@@ -175,7 +194,7 @@ class Judging:
                     value, dense = self.prices.limit_value(limit), profile_["dense_ms"]
                     ratios[device] = value / dense
                     unit = limit.unit and by_config.get(self.prices.unit(limit.unit))
-                    measured = unit and unit.latency_ms[device]["ratio"]
+                    measured = unit and unit.latency_ms[device]["high"]
                     if measured and limit.factor:
                         ratios[device] = limit.factor * measured
                 elif limit.kind == "latency.worst":
@@ -203,8 +222,10 @@ class Judging:
             kept = [j for j in judged if j.candidate.feasible and not self._broken(j, limits)]
             if kept:
                 won = min(kept, key=lambda j: (j.candidate.loss, j.candidate.number))
-                notes.append("the search winner broke a limit when measured; the best that keeps "
-                             "it is chosen")
+                notes.append(
+                    "the search winner broke a limit when measured; the best that keeps "
+                    "it is chosen"
+                )
             else:
                 notes.append("no configuration was measured within the limits")
         baselines = [j for j in judged if any(label.startswith("uniform:") for label in j.labels)]
@@ -213,8 +234,10 @@ class Judging:
             better = confirm.replacement(won, inside, self.documents)
             if better is not None:
                 won = better
-                notes.append("a uniform configuration was significantly better on held-out data "
-                             "and is chosen in the search winner's place")
+                notes.append(
+                    "a uniform configuration was significantly better on held-out data "
+                    "and is chosen in the search winner's place"
+                )
         return {
             "winner": won.candidate.number,
             "winner_config": list(won.candidate.config),
@@ -293,9 +316,11 @@ def _known(value: float) -> float | None:
 
 
 def _zeros(option: Option) -> float:
-    return float(option.sparsity) / 100 if option.sparsity and not isinstance(
-        option.sparsity, tuple
-    ) else 0.0
+    return (
+        float(option.sparsity) / 100
+        if option.sparsity and not isinstance(option.sparsity, tuple)
+        else 0.0
+    )
 
 
 def _kept_by_rank(option: Option) -> float:

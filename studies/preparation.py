@@ -2,7 +2,11 @@
 
 import shutil
 import time
+from typing import Any
 
+from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
+from apportion.cost_models.outlook import outlook
+from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.static import bits, site_bytes, weight_bytes
 from apportion.errors import InvalidInput
 from apportion.search.solvers.exact import infeasibility
@@ -20,9 +24,6 @@ from apportion.workers.memory import available_bytes, memory_need
 from apportion.workers.samples import PARTS, check_disjoint
 from apportion.workers.spec import Setting, open_setting
 
-SECONDS_PER_OPERATOR = 0.3
-SECONDS_PER_MODEL = 0.8
-MODELS_MEASURED = 30
 CALIBRATION_BYTES_PER_INPUT = 8
 
 
@@ -130,60 +131,44 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
         found = infeasibility(prices.problem([limit], {}))
         if found is not None:
             raise InvalidInput(
-                f"limits cannot be met: {limit.kind} {_amount(limit.kind, prices, limit)}, the "
-                f"smallest configuration of this space is {_size(limit.kind, found.minimum)}"
+                f"limits cannot be met: {limit.kind} "
+                f"{_size(limit.kind, prices.limit_value(limit))}, the smallest configuration of "
+                f"this space is {_size(limit.kind, found.minimum[limit.kind])}"
             )
 
 
-def _amount(kind: str, prices: Prices, limit: object) -> str:
-    from apportion.studies.limits import Limit
-
-    assert isinstance(limit, Limit)
-    return _size(kind, {kind: prices.limit_value(limit)})
-
-
-def _size(kind: str, totals: object) -> str:
-    value = dict(totals)[kind]  # type: ignore[call-overload]
+def _size(kind: str, value: float) -> str:
     return f"{value:.4g} bits" if kind == "bits" else format_bytes(value)
 
 
 def _devices(spec: StudySpec, setting: Setting, home: Home) -> dict[str, OperatorCount]:
     """How many operators of each device are measured already."""
-    from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
-    from apportion.cost_models.measured import Context as MeasuringContext
-    from apportion.cost_models.measured import plan_item
-    from apportion.cost_models.requests import RequestItem
-    from apportion.cost_models.session import Session
-
     counts: dict[str, OperatorCount] = {}
     for name, device in spec.devices.items():
         if device.kind != "cpu":
             continue
         threads = device.threads or 1
-        key = fingerprint_hash(fingerprint(threads))
-        known = _measured_keys(home, key)
-        session = Session({}, lambda batch: None, None, 0, lambda done, total: None)
-        context = MeasuringContext(
-            setting.opened.model, setting.space, setting.sample, threads, RANK_MULTIPLE, 0, session
+        found = outlook(
+            setting.opened.model,
+            setting.space,
+            [RequestItem.from_json(item.model_dump(exclude_none=True)) for item in device.request],
+            setting.sample,
+            threads=threads,
+            known=_known(home, fingerprint_hash(fingerprint(threads))),
+            rank_multiple=RANK_MULTIPLE,
         )
-        items = [item.model_dump(exclude_none=True) for item in device.request]
-        wanted: set[str] = set()
-        for item in items:
-            wanted |= set(plan_item(context, RequestItem.from_json(item)).operators)
-        missing = len(wanted - known)
-        seconds = missing * SECONDS_PER_OPERATOR + MODELS_MEASURED * SECONDS_PER_MODEL * len(items)
         counts[name] = OperatorCount(
-            operators=len(wanted), measured=len(wanted) - missing, seconds=seconds
+            operators=found.operators, measured=found.measured, seconds=found.seconds
         )
     return counts
 
 
-def _measured_keys(home: Home, fingerprint: str) -> set[str]:
+def _known(home: Home, device: str) -> dict[str, dict[str, Any]]:
     if home.database_url is None and not (home.path / "studies.db").is_file():
-        return set()
+        return {}
     store = Store.open(home.database)
     try:
-        return set(store.measurements(fingerprint))
+        return store.measurements(device)
     finally:
         store.close()
 
@@ -199,5 +184,3 @@ def _search_seconds(spec: StudySpec, setting: Setting) -> float:
     each = (time.perf_counter() - began) / chunk.windows
     tokens = (spec.data.context or 1) if spec.data.is_text else 1
     return each * spec.search.tokens / tokens
-
-

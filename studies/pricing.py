@@ -100,7 +100,7 @@ class Prices:
 
         Args:
             limits: all of them hold.
-            tightening: kind -> factor (at most 1) on what lies above the base, after a broken limit.
+            tightening: kind -> factor (at most 1) on what is above the base, after a broken limit.
         """
         cost, bound, base = dict(self.rows), {}, dict(self.base)
         for limit in limits:

@@ -147,19 +147,21 @@ class Study:
             context = Context(
                 self.spec, self.home, self._store, self._id, lease, display, stop, workers
             )
+            context.progress |= _message(self._row()) | {"workers": workers}
             if setting is not None:
                 context.take(setting)
             self._header(display, context)
             try:
                 drive(context)
             except Stopped:
-                self._store.set_state(lease, "stopped", self._row().stage, self._row().message)
+                context.say("stopped", self._row().stage)
             except InvalidInput:
+                # Nothing was evaluated yet: a corrected study file may take the same name.
                 if not self._store.forget(lease):
-                    self._store.set_state(lease, "failed", self._row().stage, self._row().message)
+                    context.say("failed", self._row().stage)
                 raise
             except Exception:
-                self._store.set_state(lease, "failed", self._row().stage, self._row().message)
+                context.say("failed", self._row().stage)
                 raise
 
     def _header(self, display: Display, context: Any) -> None:
@@ -332,5 +334,3 @@ def _message(row: StoredStudy) -> dict[str, Any]:
 
 def _home(home: Home | str | Path | None, database: str | None) -> Home:
     return home if isinstance(home, Home) else Home.find(home, database)
-
-

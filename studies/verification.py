@@ -164,9 +164,7 @@ def _loaded(folder: Path, report: Mapping[str, Any]) -> Any:
     return load(folder, model=build)
 
 
-def _latency(
-    folder: Path, report: Mapping[str, Any], job: Mapping[str, Any]
-) -> dict[str, Any]:
+def _latency(folder: Path, report: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """Milliseconds of the device's request, timed beside the dense model."""
     from apportion.cost_models.requests import RequestItem
     from apportion.cost_models.whole_model import compare_models

@@ -80,7 +80,7 @@ def named_tensors(batch: Batch) -> dict[str, Tensor]:
     return {str(place): item for place, item in enumerate(items)}
 
 
-def check_disjoint(samples: Mapping[str, Samples]) -> None:
+def check_disjoint(samples: Mapping[Part, Samples]) -> None:
     """Raise InvalidInput where two parts share a document."""
     names = list(samples)
     for place, first in enumerate(names):

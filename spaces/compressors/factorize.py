@@ -44,4 +44,5 @@ def _root(second_moment: Tensor | None, inputs: int) -> Tensor:
     symmetric = (second_moment + second_moment.T) / 2
     scaled = symmetric / symmetric.diagonal().mean()
     eigenvalues, eigenvectors = torch.linalg.eigh(scaled)
-    return eigenvectors * (eigenvalues.clamp(min=0.0) + DAMPING).sqrt()
+    root: Tensor = eigenvectors * (eigenvalues.clamp(min=0.0) + DAMPING).sqrt()
+    return root

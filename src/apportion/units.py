@@ -18,12 +18,12 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], example: str) ->
 
 
 def parse_bytes(text: str) -> float:
-    """"1.1 GB" -> 1.1e9. Raises InvalidInput."""
+    """ "1.1 GB" -> 1.1e9. Raises InvalidInput."""
     return _parse(text, BYTES, "1.1 GB")
 
 
 def parse_milliseconds(text: str) -> float:
-    """"900 ms" -> 900.0. Raises InvalidInput."""
+    """ "900 ms" -> 900.0. Raises InvalidInput."""
     return _parse(text, MILLISECONDS, "900 ms")
 
 

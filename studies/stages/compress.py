@@ -117,9 +117,7 @@ def _keys(
     }
 
 
-def _fill(
-    context: Context, site: Site, option: Option, key: str, statistics: Statistics
-) -> bool:
+def _fill(context: Context, site: Site, option: Option, key: str, statistics: Statistics) -> bool:
     """Whether the entry had to be made."""
     if context.bank.has(key):
         return False

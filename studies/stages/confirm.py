@@ -6,13 +6,13 @@ that is better by more than two paired standard errors takes its place, and the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from apportion.search.statistics import Estimate, estimate, paired
 from apportion.studies.database.rows import Evaluation
 from apportion.studies.stages.search import Candidate
 
-PART = "heldout"
+PART: Final = "heldout"
 MOST_POINTS = 12
 SIGNIFICANT = 2.0
 
@@ -77,9 +77,7 @@ def difference(one: Evaluation, other: Evaluation, documents: Any) -> Estimate:
     return paired(one.losses, one.weights, other.losses, other.weights, documents)
 
 
-def replacement(
-    winner: Judged, baselines: Sequence[Judged], documents: Any
-) -> Judged | None:
+def replacement(winner: Judged, baselines: Sequence[Judged], documents: Any) -> Judged | None:
     """The baseline that must be exported in the winner's place, or None.
 
     It keeps the same limits and is better on held-out data by more than two paired standard errors.

@@ -122,7 +122,8 @@ def _measured(context: Context, device: Device, update: Any) -> Profile:
         return Profile.from_json(run_timing(job, threads, hear, log))
 
 
-def _waiting(context: Context, update: Any) -> None:
+def waiting(context: Context, update: Any) -> None:
+    """Told while another process holds the processor. Raises Stopped."""
     if context.stop.is_set():
         raise Stopped
     update(0, 1, "waiting: another study evaluates or times on this machine")

@@ -4,9 +4,9 @@ A resumed search feeds a fresh solver the stored results again: its proposals mu
 trials, in their order, so a changed solver, seed or problem is noticed instead of mixed in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,9 +21,8 @@ from apportion.studies.evaluations import Naming, Runner
 from apportion.studies.pricing import Prices
 from apportion.workers.pool import Evaluate
 
-PART = "search"
+PART: Final = "search"
 Record = Callable[[list[NewTrial], dict[str, Any]], Sequence[int]]
-Progress = Callable[["Progressed"], None]
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Progressed:
-    """Where a search stands."""
+    """Where a search stands: `best` is the least full-slice loss within limits, None: none yet.
+
+    `is_new`: the trials were not stored before.
+    """
 
     tokens: int
     evaluations: int
-    best: float
-    origin: str
+    best: float | None
+    is_new: bool
 
 
 @dataclass
@@ -64,23 +66,29 @@ class Search:
     naming: Naming
     runner: Runner
     record: Record
-    progress: Progress
 
-    def run(self, stored: Sequence[TrialRow], state: dict[str, Any] | None) -> list[Candidate]:
-        """Search to the end of the budget, from the stored trials on.
+    def run(
+        self,
+        stored: Sequence[TrialRow],
+        state: dict[str, Any] | None,
+        found: list[Candidate],
+    ) -> Iterator[Progressed]:
+        """Search to the end of the budget, from the stored trials on; yields after each batch.
 
         Args:
             stored: this round's trials, in order.
             state: what the solver had computed when the last of them was stored.
+            found: takes the configurations that were scored on the full slice.
 
         Raises:
+            InvalidInput: no configuration meets the limits.
             ApportionError: the solver no longer proposes what is stored.
             Stopped: the user asked to stop.
         """
         check_limits(self.problem)
         solver = make_solver(self.solver, self.problem, self.settings, state)
-        candidates: dict[Config, Candidate] = {}
         done = tokens = 0
+        best: float | None = None
         while proposals := solver.ask():
             trials = [self.trial(proposal) for proposal in proposals]
             known = stored[done : done + len(trials)]
@@ -89,17 +97,17 @@ class Search:
                 numbers: Sequence[int] = [row.number for row in known]
             else:
                 numbers = self.record(trials, solver.state())
-            results = self._evaluate(proposals, trials)
+            results = self._evaluate(trials)
             for number, proposal, result in zip(numbers, proposals, results, strict=True):
                 tokens += proposal.slice.windows * self.settings.window_tokens
                 candidate = self._candidate(number, proposal, result)
                 if candidate is not None:
-                    candidates.setdefault(proposal.config, candidate)
+                    found.append(candidate)
+                    if candidate.feasible and (best is None or candidate.loss < best):
+                        best = candidate.loss
             done += len(trials)
             solver.tell(results)
-            best = min((c.loss for c in candidates.values() if c.feasible), default=np.inf)
-            self.progress(Progressed(tokens, done, best, proposals[-1].origin))
-        return list(candidates.values())
+            yield Progressed(tokens, done, best, is_new=not known)
 
     def trial(self, proposal: Proposal) -> NewTrial:
         """A proposal as it is stored."""
@@ -132,9 +140,7 @@ class Search:
                     "it under another name, what is still valid is reused"
                 )
 
-    def _evaluate(
-        self, proposals: Sequence[Proposal], trials: Sequence[NewTrial]
-    ) -> list[Result]:
+    def _evaluate(self, trials: Sequence[NewTrial]) -> list[Result]:
         work = [
             (t.evaluation_key, Evaluate(dict(t.configuration), PART, t.first_window, t.windows))
             for t in trials
@@ -194,7 +200,9 @@ def winner(candidates: Sequence[Candidate]) -> Candidate:
     return min(feasible, key=lambda c: (c.loss, c.number))
 
 
-def best_rival(candidates: Sequence[Candidate], of: Candidate, kinds: Sequence[str]) -> Candidate | None:
+def best_rival(
+    candidates: Sequence[Candidate], of: Candidate, kinds: Sequence[str]
+) -> Candidate | None:
     """The uniform configuration of least search loss whose every limited cost is <= `of`'s."""
     rivals = [
         c

@@ -50,7 +50,7 @@ def test_linear_layers_are_served_by(format: Format, expected: list[str]) -> Non
         (Format("float32"), ["conv.f32"]),
         (Format("float32", 4, 9), ["conv.f32", "conv.bf16"]),
         (Format("bfloat16", rank=4), ["conv.bf16"]),
-        (W8A8, []),
+        (W8A8, ["int8.reference"]),
     ],
 )
 def test_convolutions_are_served_by(format: Format, expected: list[str]) -> None:
