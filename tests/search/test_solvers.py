@@ -13,7 +13,7 @@ from apportion.search.solvers import SOLVERS, make_solver
 from apportion.search.solvers.exact import Exact
 
 SETTINGS = Settings(
-    seed=3, tokens=40_000, window_tokens=8, windows=32, offspring=8, stage_windows=(4, 32)
+    seed=3, tokens=8_000, window_tokens=8, windows=16, offspring=8, stage_windows=(2, 16)
 )
 
 
@@ -104,40 +104,29 @@ def test_solver_reads_a_finished_loss_table_instead_of_scoring(synthetic, drive)
 
 def test_evopress_finds_the_optimum_of_a_small_additive_problem(synthetic, drive, winner):
     hits = 0
-    for seed in range(5):
+    for seed in range(4):
         world = synthetic(seed, blocks=1, options=4, dimensions=4096)
-        settings = replace(SETTINGS, tokens=120_000, seed=seed)
+        settings = replace(SETTINGS, tokens=24_000, seed=seed)
         world.windows[:] = 1.0
         log = drive(make_solver("evopress", world.problem, settings), world)
         assert all(world.problem.feasible(p.config) for p, _ in log)
         table = np.where(world.problem.present, (world.moves**2).sum(axis=2), np.inf)
         optimum = Exact(world.problem, {}).solve(table)
         hits += world.loss(winner(world, log, settings)) <= 1.02 * world.loss(optimum)
-    assert hits >= 4
+    assert hits >= 3
 
 
-def test_hybrid_beats_uniform_and_is_no_worse_than_ilp(synthetic, drive, winner):
-    losses = {name: [] for name in ("uniform", "ilp", "hybrid")}
-    for seed in range(4):
+def test_hybrid_beats_uniform_and_ilp_and_evopress_with_twice_its_tokens(synthetic, drive, winner):
+    tokens = {"uniform": 12_000, "ilp": 12_000, "evopress": 24_000, "hybrid": 12_000}
+    mean = dict.fromkeys(tokens, 0.0)
+    for seed in range(3):
         world = synthetic(seed, blocks=4, options=6, dimensions=32)
-        settings = replace(SETTINGS, tokens=60_000, seed=seed)
-        for name, of in losses.items():
+        for name in tokens:
+            settings = replace(SETTINGS, tokens=tokens[name], seed=seed)
             log = drive(make_solver(name, world.problem, settings), world)
-            of.append(world.loss(winner(world, log, settings)))
-    mean = {name: np.log(of).mean() for name, of in losses.items()}
+            mean[name] += np.log(world.loss(winner(world, log, settings))) / 3
     assert mean["hybrid"] < mean["uniform"] - 0.5
-    assert mean["hybrid"] <= mean["ilp"]
-
-
-def test_hybrid_reaches_evopress_with_half_its_tokens(synthetic, drive, winner):
-    losses = {"hybrid": [], "evopress": []}
-    for seed in range(4):
-        world = synthetic(seed, blocks=4, options=6, dimensions=64)
-        for name, tokens in (("hybrid", 50_000), ("evopress", 100_000)):
-            settings = replace(SETTINGS, tokens=tokens, seed=seed)
-            log = drive(make_solver(name, world.problem, settings), world)
-            losses[name].append(world.loss(winner(world, log, settings)))
-    assert np.log(losses["hybrid"]).mean() <= np.log(losses["evopress"]).mean()
+    assert mean["hybrid"] <= min(mean["ilp"], mean["evopress"])
 
 
 @pytest.mark.parametrize("name", ["ilp", "hybrid"])
