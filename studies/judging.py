@@ -1,6 +1,6 @@
 """Judging a round: held-out losses, measured latencies, and what of the front is exported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -242,10 +242,10 @@ class Judging:
             "winner": won.candidate.number,
             "winner_config": list(won.candidate.config),
             "rival": _option_of(rival),
-            "front": [
+            "front": _by_size(
                 self._point(j) for j in judged if {"front", "winner"} & set(j.labels) or j is won
-            ],
-            "uniform": [self._uniform(j, won) for j in baselines],
+            ),
+            "uniform": _by_size(self._uniform(j, won) for j in baselines),
             "limits": {
                 kind: {"value": value, "ratio": ratios} for kind, (value, ratios) in limits.items()
             },
@@ -302,6 +302,15 @@ class Judging:
             "difference": _known(found.mean),
             "standard_error": _known(found.error),
         }
+
+
+def _by_size(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest first; of equal sizes the slowest."""
+
+    def order(point: dict[str, Any]) -> tuple[int, float]:
+        return -point["weight_bytes"], -sum(t["predicted"] for t in point["latency_ms"].values())
+
+    return sorted(points, key=order)
 
 
 def _option_of(judged: Judged | None) -> str | None:

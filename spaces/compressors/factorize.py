@@ -1,6 +1,7 @@
 """Low-rank pairs: the best rank-k stand-in for a matrix, for its own sake or for its inputs."""
 
 from decimal import Decimal
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None) -> tuple[T
     return left, left.T @ exact
 
 
+# The options of one site follow each other, and all take the root of the same moment.
+@lru_cache(maxsize=1)
 def _root(second_moment: Tensor | None, inputs: int) -> Tensor:
     """S [in, in] with S S^T the damped second moment; the identity where there is nothing."""
     identity = torch.eye(inputs, dtype=torch.float64)

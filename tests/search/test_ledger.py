@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from apportion.search.ledger import Ledger
 from apportion.search.solver import Proposal, Result, SearchSlice, Settings
 

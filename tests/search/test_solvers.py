@@ -13,7 +13,7 @@ from apportion.search.solvers import SOLVERS, make_solver
 from apportion.search.solvers.exact import Exact
 
 SETTINGS = Settings(
-    seed=3, tokens=8_000, window_tokens=8, windows=16, offspring=8, stage_windows=(2, 16)
+    seed=3, tokens=6_000, window_tokens=8, windows=16, offspring=8, stage_windows=(2, 16)
 )
 
 
@@ -117,7 +117,7 @@ def test_evopress_finds_the_optimum_of_a_small_additive_problem(synthetic, drive
 
 
 def test_hybrid_beats_uniform_and_ilp_and_evopress_with_twice_its_tokens(synthetic, drive, winner):
-    tokens = {"uniform": 12_000, "ilp": 12_000, "evopress": 24_000, "hybrid": 12_000}
+    tokens = {"uniform": 8_000, "ilp": 8_000, "evopress": 16_000, "hybrid": 8_000}
     mean = dict.fromkeys(tokens, 0.0)
     for seed in range(3):
         world = synthetic(seed, blocks=4, options=6, dimensions=32)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+
 from apportion.search.surrogate import Observations, Surrogate, floored
 
 

@@ -31,6 +31,18 @@ def test_timing_waits_for_evaluations(tmp_path: Path) -> None:
         pass
 
 
+def test_evaluations_let_waiting_timing_through(tmp_path: Path) -> None:
+    def try_to_evaluate() -> None:
+        with pytest.raises(WaitedError), DeviceLock(tmp_path, "cpu").shared(refuse):
+            pass
+        raise WaitedError
+
+    with DeviceLock(tmp_path, "cpu").shared(refuse):
+        waiting = DeviceLock(tmp_path, "cpu").exclusive(try_to_evaluate)
+        with pytest.raises(WaitedError), waiting:
+            pass
+
+
 @pytest.mark.parametrize("kind", ["shared", "exclusive"])
 def test_all_wait_for_timing(tmp_path: Path, kind: str) -> None:
     one, two = DeviceLock(tmp_path, "cpu"), DeviceLock(tmp_path, "cpu")

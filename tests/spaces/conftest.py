@@ -1,0 +1,164 @@
+"""Tiny random models of every family that spaces must understand, and how to compress them."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from apportion.kernels.registry import serving
+from apportion.spaces.apply import member_weight
+from apportion.spaces.artifact import Plan
+from apportion.spaces.batches import frozen
+from apportion.spaces.compressors.compose import format_of, realize
+from apportion.spaces.discovery import discover
+from apportion.spaces.space import Entry, Space, build_space
+
+LAYERS, WIDTH, WORDS = 3, 32, 96
+FAMILIES = ("llama", "qwen3", "opt", "gpt2")
+WEIGHTS = ("dense", "bf16", "w4g32", "w8", "s50%", "r25%", "w3g32+r4", "s50%+w4g32")
+
+
+def _llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=WIDTH, intermediate_size=64, vocab_size=WORDS)
+    heads = dict(num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
+
+
+def _qwen3():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = dict(hidden_size=WIDTH, intermediate_size=64, vocab_size=WORDS, head_dim=16)
+    heads = dict(num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1)
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True))
+
+
+def _opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = dict(hidden_size=WIDTH, ffn_dim=64, word_embed_proj_dim=WIDTH, vocab_size=WORDS)
+    heads = dict(num_hidden_layers=LAYERS, num_attention_heads=2, max_position_embeddings=64)
+    return OPTForCausalLM(OPTConfig(**sizes, **heads))
+
+
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=64, vocab_size=WORDS)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+
+def _bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = dict(hidden_size=WIDTH, intermediate_size=64, vocab_size=WORDS)
+    heads = dict(num_hidden_layers=LAYERS, num_attention_heads=2, max_position_embeddings=64)
+    return BertForMaskedLM(BertConfig(**sizes, **heads))
+
+
+class Residual(nn.Module):
+    """A block that adds its input itself."""
+
+    def __init__(self, width: int, groups: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1, groups=groups)
+        self.norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.norm(self.first(x))))
+
+
+class ConvNet(nn.Module):
+    """Images `[batch, 3, 8, 8]` -> scores `[batch, 10]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(Residual(16), Residual(16, groups=4))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+MAKERS = dict(llama=_llama, qwen3=_qwen3, opt=_opt, gpt2=_gpt2, bert=_bert, conv=ConvNet)
+
+
+def _make(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = frozen(MAKERS[family]())
+    for name, value in model.named_parameters():
+        # Biases and norms that are not what they start as, so that losing one is seen.
+        if value.ndim == 1:
+            value.add_(0.1 * torch.randn_like(value))
+        elif "embed" not in name:
+            value.mul_(4)
+    return model
+
+
+def _batch(family: str, tokens: int = 12):
+    generator = torch.Generator().manual_seed(1)
+    if family == "conv":
+        return torch.randn(2, 3, 8, 8, generator=generator)
+    return {"input_ids": torch.randint(3, WORDS, (2, tokens), generator=generator)}
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[[str], nn.Module]:
+    """family -> a fresh model with the same random weights each time."""
+    return _make
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """family -> one batch of it."""
+    return _batch
+
+
+@pytest.fixture(scope="session")
+def full_space() -> Callable[[str], Space]:
+    """family -> every weight site with all options that fit it, every structure site."""
+    made: dict[str, Space] = {}
+
+    def build(family: str) -> Space:
+        if family not in made:
+            sites = discover(_make(family), _batch(family)).sites
+            entries = [
+                Entry(("*",), WEIGHTS, skip_unfit=True),
+                Entry(("*",), ("keep", "drop"), skip_unfit=True),
+            ]
+            made[family] = build_space(sites, entries)
+        return made[family]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> Callable[[nn.Module, Space, Mapping[str, str]], Plan]:
+    """A plan without statistics that takes the first implementation that serves."""
+
+    def stored(model):
+        return lambda site, option: [
+            realize(member_weight(model, m).float(), m.shape, option, None, "float32")
+            for m in site.members
+        ]
+
+    def build(model, space, configuration):
+        names = {
+            site.name: {
+                str(option): serving(
+                    format_of(option, site.members[0].shape, "float32"),
+                    [m.shape for m in site.members],
+                    "cpu",
+                )[0].name
+                for option in row
+                if site.members and str(option) != "dense"
+            }
+            for site, row in zip(space.sites, space.options, strict=True)
+        }
+        return Plan(space, space.canonical(configuration), stored(model), names)
+
+    return build
