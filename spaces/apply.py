@@ -40,8 +40,9 @@ class Dropped(nn.Module):
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         """Return what the dropped module would have returned, had it added nothing."""
-        hidden = next(a for a in (*args, *keywords.values()) if isinstance(a, Tensor))
-        cache = keywords.get("past_key_values")
+        given = (*args, *keywords.values())
+        hidden = next(a for a in given if isinstance(a, Tensor))
+        cache = next((a for a in given if hasattr(a, "get_seq_length")), None)
         if cache is not None:
             keys = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             for index in self.layer_indices:

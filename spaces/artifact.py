@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apportion.errors import ApportionError, InvalidInput
-from apportion.kernels.formats import Format, LayerShape, StoredWeight
+from apportion.kernels.formats import DTYPES, Format, LayerShape, StoredWeight
 from apportion.kernels.registry import IMPLEMENTATIONS
 from apportion.spaces.apply import Stored, bias_of, drop, install
 from apportion.spaces.batches import frozen
@@ -142,7 +141,7 @@ def write(
         }
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
         (temporary / REPORT).write_text(json.dumps(dict(report), indent=1))
-        for path in temporary.iterdir():
+        for path in filter(Path.is_file, temporary.rglob("*")):
             path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -168,6 +167,11 @@ def describe(folder: Path) -> dict[str, Any]:
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise InvalidInput(f"{path}: format version {version}; this version reads {FORMAT_VERSION}")
+    missing = [key for key in ("model", "sites", "dropped") if key not in description]
+    if missing or not {"kind", "source", "dtype"} <= set(description["model"]):
+        raise InvalidInput(f"{path} is damaged: it lacks {missing[0] if missing else 'the model'}")
+    if description["model"]["dtype"] not in DTYPES:
+        raise InvalidInput(f"{path}: dtype is not one of {', '.join(DTYPES)}")
     return dict(description)
 
 
@@ -190,16 +194,18 @@ def load(folder: str | Path, model: Callable[[], nn.Module] | None = None) -> nn
     dense = frozen(_skeleton(folder, description, model))
     try:
         _assemble(dense, description, tensors)
-    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise InvalidInput(f"{folder} is damaged or of another model: {error}") from error
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise InvalidInput(f"{folder} is damaged or of another model: {told}") from error
     return frozen(dense)
 
 
 def _skeleton(
     folder: Path, description: Mapping[str, Any], model: Callable[[], nn.Module] | None
 ) -> nn.Module:
+    dtype = DTYPES[description["model"]["dtype"]]
     if model is not None:
-        return model()
+        return model().to(dtype)
     if description["model"]["kind"] != "hf":
         raise InvalidInput(
             f"{folder} was made from {description['model']['source']}, whose code is not in the "
@@ -209,8 +215,12 @@ def _skeleton(
         from transformers import AutoConfig, AutoModelForCausalLM
     except ModuleNotFoundError:
         raise InvalidInput('transformers is missing: pip install "apportion[hf]"') from None
-    dtype = getattr(torch, description["model"]["dtype"])
-    built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise InvalidInput(f"{folder / 'config.json'} cannot be read: {told}") from error
+    built = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -224,9 +234,12 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
     packed = {name: t for name, t in tensors.items() if PACKED in name}
     rest = {name: t for name, t in tensors.items() if PACKED not in name}
     expected = set(model.state_dict())
-    unknown = sorted(set(rest) - expected)
+    members = {m["module"] for site in description["sites"] for m in site["members"]}
+    unknown = sorted(
+        set(rest) - expected | {n for n in packed if n.split(PACKED)[0] not in members}
+    )
     if unknown:
-        raise KeyError(f"tensors the model does not have: {', '.join(unknown[:3])}")
+        raise InvalidInput(f"tensors the model does not have: {', '.join(unknown[:3])}")
     tied = _tied_names(model)
     model.load_state_dict(rest, strict=False, assign=False)
     covered = {alias for name in rest for alias in tied.get(name, {name})}
@@ -237,7 +250,7 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
         covered |= {name for name in expected if name.startswith(entry["name"] + ".")}
     missing = sorted(expected - covered)
     if missing:
-        raise KeyError(f"tensors missing from {TENSORS}: {', '.join(missing[:3])}")
+        raise InvalidInput(f"tensors missing from {TENSORS}: {', '.join(missing[:3])}")
 
 
 def _tied_names(model: nn.Module) -> dict[str, set[str]]:
@@ -252,7 +265,7 @@ def _install_site(
     model: nn.Module, site: Mapping[str, Any], packed: Mapping[str, Tensor]
 ) -> set[str]:
     if site["implementation"] not in IMPLEMENTATIONS:
-        raise KeyError(f"unknown implementation {site['implementation']!r}")
+        raise InvalidInput(f"unknown implementation {site['implementation']!r}")
     stored, biases, modules = [], [], []
     for member in site["members"]:
         prefix = member["module"] + PACKED

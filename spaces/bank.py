@@ -3,11 +3,13 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from apportion.errors import ApportionError
 from apportion.hashing import content_hash
@@ -90,17 +92,14 @@ class Bank:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["members"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return [_member(place, header[place], tensors) for place in range(len(header))]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
-        return [
-            StoredWeight(
-                Format.from_json(member["format"]),
-                LayerShape.from_json(member["shape"]),
-                {
-                    name.partition(".")[2]: tensor
-                    for name, tensor in tensors.items()
-                    if name.partition(".")[0] == str(place)
-                },
-            )
-            for place, member in enumerate(header)
-        ]
+
+
+def _member(place: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredWeight:
+    prefix = f"{place}."
+    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return StoredWeight(
+        Format.from_json(header["format"]), LayerShape.from_json(header["shape"]), own
+    )

@@ -20,6 +20,9 @@ from apportion.spaces.sites import Member, Site
 ATTENTION_WORDS = ("attn", "attention")
 MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward")
 SINGLE_LAYERS = "Linear, Conv1D (GPT-2) and Conv2d"
+# torch's own encoder reads attributes of its layers, and weights without calling their layers.
+BYPASSED = nn.TransformerEncoderLayer
+READ_INTO = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(frozen=True)
@@ -148,19 +151,28 @@ def _treatable(
             for path, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2 and not isinstance(module, nn.Embedding):
                     kind = type(module).__name__
-                    untreated[f"{name}.{path}"] = f"{kind}: only {SINGLE_LAYERS} are treated"
+                    place = f"{name}.{path}".removeprefix(".")
+                    untreated[place] = f"{kind}: only {SINGLE_LAYERS} are treated"
             continue
         member = layer_member(name, module)
         if member is None:
-            untreated[name] = f"{type(module).__name__}: only {SINGLE_LAYERS} are treated"
+            untreated[name] = _why_no_member(module)
         elif owners[id(module.weight)] > 1:
             untreated[name] = "its weight is tied to another layer's"
         elif name not in calls:
             untreated[name] = "the model's forward does not call it as a layer"
         elif calls[name].count > 1:
             untreated[name] = f"called {calls[name].count} times in one forward"
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), BYPASSED):
+            untreated[name] = f"{BYPASSED.__name__} may read its weight without calling it"
         else:
             yield name, member
+
+
+def _why_no_member(module: nn.Module) -> str:
+    if type(module) is nn.Conv2d:
+        return "Conv2d: only padding with zeros, given as numbers, is treated"
+    return f"{type(module).__name__}: only {SINGLE_LAYERS} are treated"
 
 
 def _output_head(model: nn.Module) -> str | None:
@@ -182,7 +194,7 @@ def _blocks(model: nn.Module, members: dict[str, Member], calls: dict[str, _Call
             continue
         if any(list_name.startswith(block.name + ".") for block in blocks):
             continue
-        if len({type(child) for child in modules}) > 1:
+        if len({type(child) for child in modules}) > 1 or isinstance(modules[0], READ_INTO):
             continue
         for name, _ in modules.named_children():
             path = f"{list_name}.{name}" if list_name else name

@@ -15,6 +15,7 @@ Config = tuple[int, ...]
 Configuration = dict[str, str]
 
 DENSE, KEEP, DROP = "dense", "keep", "drop"
+KINDS = "keep and drop are for blocks and sub-blocks, all others for weights"
 
 
 @dataclass(frozen=True)
@@ -238,9 +239,11 @@ def _entry_of(
     for number, entry in enumerate(entries):
         fits = any(option.is_structure == site.is_structure for option in parsed[number])
         for pattern in entry.sites:
-            direct = site_matches(site, pattern) and not (site.optional and pattern == "*")
+            everything = pattern.rpartition(":")[2] == "*"
+            direct = site_matches(site, pattern) and not (site.optional and everything)
             below = not site.is_structure and any(site_matches(s, pattern) for s in around)
-            if direct or (below and fits):
+            # An entry of wrong options only has been told of; its patterns may be right.
+            if (direct or below) and (fits or not parsed[number]):
                 matched.add((number, pattern))
                 if fits and decided is None:
                     decided = number
@@ -267,12 +270,16 @@ def _unmatched(
         for pattern in entry.sites:
             if (number, pattern) in matched or entry.skip_unfit:
                 continue
+            place = f'space[{number + 1}].sites: "{pattern}"'
+            if any(site_matches(s, pattern) for s in sites):
+                problems.append(f"{place} names only sites that no option here is for; {KINDS}")
+                continue
             near = get_close_matches(pattern, candidates, n=1, cutoff=0.5)
             hint = ""
             if near:
                 count = sum(site_matches(s, near[0]) for s in sites)
                 hint = f'; nearest: "{near[0]}" ({count} site{"s" if count != 1 else ""})'
-            problems.append(f'space[{number + 1}].sites: "{pattern}" matches no site{hint}')
+            problems.append(f"{place} matches no site{hint}")
     return problems
 
 

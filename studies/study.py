@@ -314,6 +314,7 @@ def study_row(store: Store, row: StoredStudy) -> StudyRow:
         stage=row.stage or None,
         tokens_spent=int(message.get("tokens", 0)),
         tokens=spec.search.tokens,
+        unit="tokens" if spec.data.is_text else "samples",
         best_loss=best if isinstance(best, float) else None,
         created=created.isoformat(timespec="seconds"),
     )

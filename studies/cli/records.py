@@ -63,6 +63,8 @@ class StudyRow(TypedDict):
     stage: str | None
     tokens_spent: int
     tokens: int
+    unit: str
+    """What the budget counts: "tokens" of text, "samples" of anything else."""
     best_loss: float | None
     created: str
     """ISO 8601."""

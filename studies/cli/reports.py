@@ -129,8 +129,15 @@ def status_line(status: Status) -> str:
 
 
 def tokens(row: StudyRow | Status) -> str:
-    """ "4.2 of 8.0 M tokens"."""
-    return f"{row['tokens_spent'] / 1e6:.1f} of {row['tokens'] / 1e6:.1f} M tokens"
+    """ "4.20 of 8.00 M tokens"; what is not text is counted in samples."""
+    return spent(row["tokens_spent"], row["tokens"], row["unit"])
+
+
+def spent(done: int, budget: int, unit: str) -> str:
+    """How much of the budget is spent; millions from 100,000 on."""
+    if budget < 100_000:
+        return f"{done:,} of {budget:,} {unit}"
+    return f"{done / 1e6:.2f} of {budget / 1e6:.2f} M {unit}"
 
 
 def verification_line(found: Verification) -> str:

@@ -76,7 +76,8 @@ class Store:
         check_name(name)
         row = {
             "name": name,
-            "specification": canonical_json(specification),
+            # not canonical: the order of devices and limits is the user's
+            "specification": json.dumps(specification, allow_nan=False),
             "specification_hash": specification_hash,
             "created_at": database_clock(),
             "state": "stopped",

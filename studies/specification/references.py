@@ -7,7 +7,7 @@ from pathlib import Path
 from apportion.errors import InvalidInput
 
 PYTHON, TEXT, HUB = "python:", "text:", "hf:"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@\w+)?")
 LOSSES = ("kl", "perplexity", "accuracy")
 
 
@@ -78,7 +78,7 @@ def missing(text: str) -> str | None:
     if name.startswith("/"):
         return None if Path(name).is_dir() else f"no folder {name}"
     if HUB_NAME.fullmatch(name) is None:
-        return f'"{name}" is neither a folder nor the name of a model on the hub (ORG/NAME)'
+        return f'"{name}" is neither a folder nor the name of a model on the hub (ORG/NAME, ORG/NAME@COMMIT)'
     return None
 
 

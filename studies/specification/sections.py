@@ -190,6 +190,11 @@ class Device(Section):
     def _check_kind(self) -> "Device":
         if self.kind == "recorded" and self.file is None:
             raise InvalidInput('.file: missing; a recorded device needs file = "timings.json"')
+        if not self.request:
+            raise InvalidInput(
+                ".request: missing; say what latency means, for example "
+                'request = [{ phase = "prefill", tokens = 512 }]'
+            )
         if self.kind == "cpu" and self.file is not None:
             raise InvalidInput('.file: is only for kind = "recorded"')
         return self

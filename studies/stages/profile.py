@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from apportion.cost_models.fingerprint import doubt, fingerprint, fingerprint_hash
 from apportion.cost_models.profile import Profile, measure_profile
 from apportion.cost_models.recorded import read_recorded
@@ -43,9 +45,9 @@ def run(context: Context) -> Output:
     }
 
 
-def uniform_configs(context: Context, space: Space) -> dict[str, Config]:
+def uniform_configs(model: nn.Module, space: Space) -> dict[str, Config]:
     """Every weight option everywhere, in the order of the study file."""
-    stored = site_bytes(context.model, space, RANK_MULTIPLE)
+    stored = site_bytes(model, space, RANK_MULTIPLE)
     texts = dict.fromkeys(t for place in space.weight_sites for t in space.texts[place])
     return {text: space.uniform(text, stored) for text in texts if text != DENSE}
 
@@ -85,7 +87,7 @@ def _recorded(context: Context, device: Device) -> Profile:
         known=recorded.measurements,
         record=lambda batch: None,
         seed=context.spec.study.seed,
-        uniforms=list(uniform_configs(context, space).values()),
+        uniforms=list(uniform_configs(context.model, space).values()),
         timing=None,
         fingerprint=recorded.fingerprint,
         rank_multiple=RANK_MULTIPLE,
@@ -115,7 +117,7 @@ def _measured(context: Context, device: Device, update: Any) -> Profile:
         "request": request_of(device),
         "known": context.store.measurements(key),
         "seed": context.spec.study.seed,
-        "uniforms": list(uniform_configs(context, context.setting.space).values()),
+        "uniforms": list(uniform_configs(context.model, context.setting.space).values()),
     }
     log = context.home.log(context.spec.study.name)
     with device_lock().exclusive(lambda: waiting(context, update)):
@@ -145,7 +147,7 @@ def prices(context: Context, output: Output) -> Prices:
     base = {kind: cost.base for kind, cost in static.items()}
     for name, table in tables.items():
         rows[latency_kind(name)], base[latency_kind(name)] = table.rows, table.base
-    return Prices(space, rows, base, tables, uniform_configs(context, space))
+    return Prices(space, rows, base, tables, uniform_configs(context.model, space))
 
 
 def _table(profile: Profile, space: Space) -> CostTable:

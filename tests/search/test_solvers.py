@@ -106,7 +106,7 @@ def test_evopress_finds_the_optimum_of_a_small_additive_problem(synthetic, drive
     hits = 0
     for seed in range(4):
         world = synthetic(seed, blocks=1, options=4, dimensions=4096)
-        settings = replace(SETTINGS, tokens=24_000, seed=seed)
+        settings = replace(SETTINGS, tokens=12_000, seed=seed)
         world.windows[:] = 1.0
         log = drive(make_solver("evopress", world.problem, settings), world)
         assert all(world.problem.feasible(p.config) for p, _ in log)

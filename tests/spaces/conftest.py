@@ -1,6 +1,6 @@
 """Tiny random models of every family that spaces must understand, and how to compress them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from apportion.spaces.space import Entry, Space, build_space
 
 LAYERS, WIDTH, WORDS = 3, 32, 96
 FAMILIES = ("llama", "qwen3", "opt", "gpt2")
-WEIGHTS = ("dense", "bf16", "w4g32", "w8", "s50%", "r25%", "w3g32+r4", "s50%+w4g32")
+WEIGHTS = ("dense", "bf16", "w4g32", "w4g16s", "w8", "s50%", "r50%", "w3g32+r4", "s50%+w4g32")
 
 
 def _llama():
@@ -137,20 +137,20 @@ def full_space() -> Callable[[str], Space]:
 
 
 @pytest.fixture(scope="session")
-def make_plan() -> Callable[[nn.Module, Space, Mapping[str, str]], Plan]:
+def make_plan() -> Callable[..., Plan]:
     """A plan without statistics that takes the first implementation that serves."""
 
-    def stored(model):
+    def stored(model, dtype):
         return lambda site, option: [
-            realize(member_weight(model, m).float(), m.shape, option, None, "float32")
+            realize(member_weight(model, m).float(), m.shape, option, None, dtype)
             for m in site.members
         ]
 
-    def build(model, space, configuration):
+    def build(model, space, configuration, dtype="float32"):
         names = {
             site.name: {
                 str(option): serving(
-                    format_of(option, site.members[0].shape, "float32"),
+                    format_of(option, site.members[0].shape, dtype),
                     [m.shape for m in site.members],
                     "cpu",
                 )[0].name
@@ -159,6 +159,6 @@ def make_plan() -> Callable[[nn.Module, Space, Mapping[str, str]], Plan]:
             }
             for site, row in zip(space.sites, space.options, strict=True)
         }
-        return Plan(space, space.canonical(configuration), stored(model), names)
+        return Plan(space, space.canonical(configuration), stored(model, dtype), names)
 
     return build

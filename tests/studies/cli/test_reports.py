@@ -67,6 +67,7 @@ def test_status_in_one_line() -> None:
         "stage": "search",
         "tokens_spent": 4_200_000,
         "tokens": 8_000_000,
+            "unit": "tokens",
         "best_loss": 0.083,
         "created": "2026-01-01T00:00:00",
         "loss": "KL",
@@ -76,7 +77,7 @@ def test_status_in_one_line() -> None:
         "seconds_left": 1440.0,
     }
     assert status_line(status) == (
-        " running: search · 4.2 of 8.0 M tokens · best KL 0.083 · 2 workers · 1 recovery"
+        " running: search · 4.20 of 8.00 M tokens · best KL 0.083 · 2 workers · 1 recovery"
         " · 37 served from earlier studies · 24 min left"
     )
 

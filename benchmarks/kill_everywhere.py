@@ -1,0 +1,261 @@
+"""Kills a study with SIGKILL at each commit boundary and at random moments, and resumes it.
+
+Formula. Let the undisturbed run write its database in C commits. Its driver is killed once just
+before and once just after each of them, 2 C cells, and at 10 moments drawn evenly over its length.
+Each cell starts a study in a home of its own, kills it, and resumes it (submits it again where the
+kill came before the study was stored). Identical means: the same trials in the same order (number,
+configuration, slice, window losses to the last bit, origin) and the same winner as undisturbed.
+
+Assumptions. In process, one thread, a recorded device: every run reads the same stored timings.
+A kill ends the process, not the machine: what a power cut does is the promise of SQLite's settings.
+
+Ceiling: all cells identical. Resumable: a finished cell is not run again while the folder stands.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tiny_study
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine.default import DefaultDialect
+
+from apportion.cost_models.fingerprint import fingerprint
+from apportion.hashing import content_hash
+from apportion.studies.database.engine import BEGIN
+from apportion.studies.database.store import Store
+from apportion.studies.study import Study, list_studies
+from apportion.workers.evaluator import Evaluator
+
+MOMENTS = 10
+SEED = 0
+RESULTS = Path(__file__).parent / "results" / "kill_everywhere.json"
+# Cells are forks of this process, which has imported everything and runs no thread.
+processes = multiprocessing.get_context("fork")
+
+
+def finish(study: Path, home: Path) -> None:
+    """Submit the study, or resume it where it is stored."""
+    if list_studies(home):
+        Study.open("tiny", home).resume()
+    else:
+        Study.submit(study, home=home)
+
+
+def path_of(home: Path) -> dict[str, Any]:
+    """What must be the same after a kill: the ordered trials with their losses, and the winner."""
+    store = Store.open(home / "studies.db")
+    try:
+        (study,) = store.studies()
+        trials = store.trials(study.id)
+        done = store.evaluations([trial.evaluation_key for trial in trials])
+        report = store.stage_output(study.id, "report")
+    finally:
+        store.close()
+    rows = [
+        [t.number, dict(t.configuration), t.first_window, t.windows, t.origin,
+         [value.hex() for value in map(float, done[t.evaluation_key].losses)]]
+        for t in trials
+    ]  # fmt: skip
+    return {"trials": rows, "report": report}
+
+
+def at_commits(before: Callable[[int], None], after: Callable[[int], None]) -> None:
+    """Tell of the writing commits of this process, by number, before and after each."""
+    count = 0
+    writing = False
+    commit = DefaultDialect.do_commit
+
+    @event.listens_for(Engine, "commit")
+    def notice(connection: Connection) -> None:
+        nonlocal writing
+        writing = connection.get_execution_options().get(BEGIN) == "BEGIN IMMEDIATE"
+
+    def counted(dialect: DefaultDialect, connection: Any) -> None:
+        nonlocal count, writing
+        ours, writing = writing, False
+        count += ours
+        if ours:
+            before(count)
+        commit(dialect, connection)
+        if ours:
+            after(count)
+
+    DefaultDialect.do_commit = counted  # type: ignore[method-assign]
+
+
+def nothing(number: int) -> None:
+    """At this commit, go on."""
+
+
+def killed_at(number: int) -> Callable[[int], None]:
+    """At that commit, SIGKILL."""
+
+    def strike(reached: int) -> None:
+        if reached == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return strike
+
+
+def counting(study: Path, home: Path, answer: Any) -> None:
+    """Run undisturbed; answer with the number of commits."""
+    numbers: list[int] = []
+    at_commits(nothing, numbers.append)
+    finish(study, home)
+    answer.send(len(numbers))
+
+
+def disturbed(study: Path, home: Path, place: int, side: str) -> None:
+    """Run until commit `place`."""
+    strike = killed_at(place)
+    at_commits(*((strike, nothing) if side == "before" else (nothing, strike)))
+    finish(study, home)
+
+
+def resumed(study: Path, home: Path, answer: Any) -> None:
+    """Run to the end; answer with the evaluations that were run."""
+    ran = 0
+    evaluate = Evaluator.evaluate
+
+    def counted(evaluator: Evaluator, work: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return evaluate(evaluator, work)
+
+    Evaluator.evaluate = counted  # type: ignore[method-assign]
+    finish(study, home)
+    answer.send(ran)
+
+
+def in_child(work: Callable[..., None], *arguments: Any, seconds: float | None = None) -> int:
+    """Exit status of a forked process; after `seconds` it gets SIGKILL."""
+    child = processes.Process(target=work, args=arguments)
+    child.start()
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode or 0
+
+
+def asked(work: Callable[..., None], *arguments: Any) -> Any:
+    """What a forked process answers; None where it failed."""
+    mine, its = processes.Pipe(duplex=False)
+    status = in_child(work, *arguments, its)
+    return mine.recv() if status == 0 else None
+
+
+def cell(study: Path, home: Path, kind: str, place: float, undisturbed: Any) -> dict[str, Any]:
+    """Kill once, resume, compare."""
+    shutil.rmtree(home, ignore_errors=True)
+    if kind == "moment":
+        ended = in_child(finish, study, home, seconds=place)
+    else:
+        ended = in_child(disturbed, study, home, int(place), kind)
+    began = time.perf_counter()
+    ran = asked(resumed, study, home)
+    seconds = time.perf_counter() - began
+    return {
+        "kill": kind,
+        "place": place,
+        "killed": ended == -signal.SIGKILL,
+        "evaluations_run": ran,
+        "seconds": round(seconds, 2),
+        "identical": ran is not None and path_of(home) == undisturbed,
+    }
+
+
+def cells(commits: int, seconds: float, every: int, moments: int) -> Iterator[tuple[str, float]]:
+    """Where to kill."""
+    for number in range(1, commits + 1, every):
+        yield "before", number
+        yield "after", number
+    drawn = random.Random(SEED)
+    for _ in range(moments):
+        yield "moment", round(drawn.uniform(0, seconds), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("build/kill_everywhere"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--every", type=int, default=1, help="only each so many-th commit")
+    parser.add_argument("--moments", type=int, default=MOMENTS)
+    given = parser.parse_args()
+    study = tiny_study.write(given.folder.absolute())
+    home = study.parent / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    began = time.perf_counter()
+    commits = asked(counting, study, home)
+    seconds = time.perf_counter() - began
+    undisturbed = path_of(home)
+    same = {"path": content_hash(undisturbed), "commits": commits, "every": given.every}
+    rows = _finished(given.results, same)
+    print(f"{commits} commits, {len(undisturbed['trials'])} trials, {seconds:.1f} s undisturbed")
+    print(f"{'kill':>8} {'place':>8} {'killed':>7} {'run after':>10} {'seconds':>8} {'identical':>10}")
+    known = len(rows)
+    wanted = list(cells(commits, seconds, given.every, given.moments))
+    for kind, place in wanted[known:]:
+        rows.append(cell(study, home, kind, place, undisturbed))
+        print("{kill:>8} {place:>8} {killed!s:>7} {evaluations_run!s:>10} {seconds:>8} "
+              "{identical!s:>10}".format(**rows[-1]), flush=True)  # fmt: skip
+        _write(given.results, same, rows)
+    _write(given.results, same, rows)
+    raise SystemExit(not all(claim["holds"] for claim in _claims(rows)))
+
+
+def _finished(results: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cells of an earlier, interrupted run of the same study."""
+    with contextlib.suppress(FileNotFoundError):
+        stored = json.loads(results.read_text())
+        if stored["study"] == same:
+            return list(stored["rows"])
+    return []
+
+
+def _claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    claims = []
+    for name, kinds in (("commit boundaries", ("before", "after")), ("moments", ("moment",))):
+        of = [row for row in rows if row["kill"] in kinds]
+        good = sum(row["identical"] for row in of)
+        claims.append(
+            {
+                "name": f"{name} at which a killed study ends identically",
+                "value": good,
+                "unit": "cells",
+                "bound": len(of),
+                "holds": good == len(of),
+            }
+        )
+    return claims
+
+
+def _write(results: Path, same: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    names = ("torch", "numpy", "sqlalchemy", "pulp", "highspy")
+    value = {
+        "machine": fingerprint(1),
+        "versions": {name: version(name) for name in names} | {"sqlite": sqlite3.sqlite_version},
+        "study": same,
+        "rows": rows,
+        "claims": _claims(rows),
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    partial = results.with_suffix(".part")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, results)
+
+
+if __name__ == "__main__":
+    main()
