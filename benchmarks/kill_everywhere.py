@@ -204,7 +204,9 @@ def main() -> None:
     same = {"path": content_hash(undisturbed), "commits": commits, "every": given.every}
     rows = _finished(given.results, same)
     print(f"{commits} commits, {len(undisturbed['trials'])} trials, {seconds:.1f} s undisturbed")
-    print(f"{'kill':>8} {'place':>8} {'killed':>7} {'run after':>10} {'seconds':>8} {'identical':>10}")
+    print(
+        f"{'kill':>8} {'place':>8} {'killed':>7} {'run after':>10} {'seconds':>8} {'identical':>10}"
+    )
     known = len(rows)
     wanted = list(cells(commits, seconds, given.every, given.moments))
     for kind, place in wanted[known:]:

@@ -112,8 +112,8 @@ def reading(spec: StudySpec, store: Store, study_id: int) -> Any:
     return Context(spec, PLACE, store, study_id, lease, QuietDisplay(), Event())
 
 
-def record_device() -> None:
-    """Time everything that the cells' profiles look up, as shortly as that goes."""
+def record_device(spec: StudySpec) -> None:
+    """Time everything that the profiles of all cells look up, as shortly as that goes."""
     from apportion.cost_models.fingerprint import fingerprint
     from apportion.cost_models.profile import measure_profile
     from apportion.cost_models.recorded import write_recorded
@@ -123,7 +123,7 @@ def record_device() -> None:
 
     if RECORDING.is_file():
         return
-    spec, taken = specification(CELLS[0]), dict[str, Any]()
+    taken = dict[str, Any]()
     with Session(PLACE, study="recording").working(THREADS):
         context = reading(spec, Store.open(PLACE.database), 0)
         space = context.setting.space
@@ -145,24 +145,23 @@ def record_device() -> None:
     part.replace(RECORDING)
 
 
-def run(cell: Cell) -> None:
-    """Bring a cell's study to its end."""
-    spec = specification(cell)
+def run(spec: StudySpec) -> None:
+    """Bring a study to its end."""
     with Session(PLACE, study=spec.study.name).working(THREADS):
         study = Study.submit(spec, home=PLACE)
         if study.status()["state"] != FINISHED:
             study.resume()
 
 
-def found(cell: Cell, store: Store, context: Any) -> Found:
-    """Read a finished cell; `context` is that of any cell of its seed."""
+def found(cell: Cell, name: str, store: Store, context: Any) -> Found:
+    """Read a finished cell, the study `name`; `context` is that of any cell of its seed."""
     from apportion.studies.stages.search import Candidate, winner
 
-    study = store.find_study(specification(cell).study.name)
+    study = store.find_study(name)
     output = store.stage_output(study.id, "search") if study else None
     compressed = store.stage_output(study.id, "compress") if study else None
     if study is None or output is None or compressed is None:
-        raise SystemExit(f"{cell} is not finished")
+        raise SystemExit(f"study {name} is not finished")
     candidates = [Candidate(**value) for value in output["candidates"]]
     chosen = winner(candidates)
     trials = store.trials(study.id, 0)
@@ -280,17 +279,20 @@ def main() -> None:
     """Run what is missing, then print, draw and write."""
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(THREADS)))
     PLACE.create()
+    specs = {cell: specification(cell) for cell in CELLS}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        pool.submit(record_device).result()
-        running = {pool.submit(run, cell): cell for cell in CELLS}
+        pool.submit(record_device, specs[CELLS[0]]).result()
+        running = {pool.submit(run, spec): spec.study.name for spec in specs.values()}
         for done, future in enumerate(as_completed(running), 1):
             future.result()
             print(f" {done} of {len(CELLS)} cells: {running[future]}", flush=True)
     store, results = Store.open(PLACE.database), dict[Cell, Found]()
     for seed in SEEDS:
-        shared = reading(specification(Cell(SOLVERS[0], LIMITS[0], seed)), store, 0)
-        results |= {cell: found(cell, store, shared) for cell in CELLS if cell.seed == seed}
+        of_seed = {cell: spec for cell, spec in specs.items() if cell.seed == seed}
+        shared = reading(next(iter(of_seed.values())), store, 0)
+        for cell, spec in of_seed.items():
+            results[cell] = found(cell, spec.study.name, store, shared)
     rows = [results[cell].row for cell in sorted(CELLS, key=lambda c: (c.limit, c.seed))]
     draw(rows)
     columns = ("limit", "seed", "solver", "M tokens", "M to winner", "MB", "KL search",

@@ -14,6 +14,7 @@ from typing import Any
 from apportion.hashing import content_hash
 from apportion.search.problem import Problem
 from apportion.search.solver import Settings
+from apportion.studies.cli.reports import spent
 from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Lease, LeaseLost, NewTrial
 from apportion.studies.database.store import Store
@@ -68,8 +69,6 @@ def drive(context: Context) -> None:
     discover.check_unchanged(context, found)
     profiled = context.stage("profile", lambda: profile.run(context))
     prices = profile.prices(context, profiled)
-    for limit in context.spec.parsed_limits:
-        prices.limit_value(limit)
     _refuse_impossible(context, prices)
     compressed = context.stage("compress", lambda: compress.run(context, prices.space))
     if context.store.stage_output(context.study_id, "report") is None:
@@ -86,7 +85,9 @@ def _discover(context: Context) -> Output:
 
 def _refuse_impossible(context: Context, prices: Prices) -> None:
     """Say that limits cannot be met before the bank is built."""
-    check_limits(prices.problem(context.spec.parsed_limits, {}))
+    limits = context.spec.parsed_limits
+    stated = {limit.kind: prices.limit_value(limit) for limit in limits}
+    check_limits(prices.problem(limits, {}), stated)
 
 
 def _rounds(
@@ -137,9 +138,9 @@ def _search_round(
 
     def run() -> Output:
         with context.display.stage("search") as bar:
-            told = "nothing to do"
+            told, unit = "nothing to do", budget_unit(context.spec)
             for progress in search.run(trials, state, found):
-                told = _told(progress, search.settings.tokens)
+                told = _told(progress, search.settings.tokens, unit)
                 bar.update(progress.tokens, search.settings.tokens, told)
                 context.progress |= {"tokens": progress.tokens, "best": progress.best}
                 context.progress |= {"recoveries": runner.pool.recoveries}
@@ -152,10 +153,9 @@ def _search_round(
     return [_candidate(value) for value in output["candidates"]]
 
 
-def _told(progress: Progressed, budget: int) -> str:
+def _told(progress: Progressed, budget: int, unit: str) -> str:
     best = "none within limits yet" if progress.best is None else f"best {progress.best:.4g}"
-    tokens = f"{progress.tokens / 1e6:.2f} of {budget / 1e6:.2f} M tokens"
-    return f"{tokens} · {progress.evaluations} evaluations · {best}"
+    return f"{spent(progress.tokens, budget, unit)} · {progress.evaluations} evaluations · {best}"
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:

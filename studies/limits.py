@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from apportion.errors import InvalidInput
 from apportion.spaces.grammar import parse_option
-from apportion.units import parse_bytes, parse_milliseconds
+from apportion.units import format_bytes, parse_bytes, parse_milliseconds
 
 PLAIN_KINDS = ("weight_bytes", "resident_bytes", "bits")
 WORST = "latency.worst"
@@ -69,6 +69,13 @@ def limit_problems(limits: Mapping[str, object], devices: Collection[str]) -> li
         except InvalidInput as error:
             problems.append(str(error))
     return problems
+
+
+def amount(kind: str, value: float) -> str:
+    """A value of a kind as people write it: "941 MB", "3.5 bits", "12.3 ms"."""
+    if kind == "bits":
+        return f"{value:.4g} bits"
+    return f"{value:.4g} ms" if kind.startswith("latency.") else format_bytes(value)
 
 
 def _kind_problem(kind: str, devices: Collection[str]) -> str | None:

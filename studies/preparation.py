@@ -16,11 +16,13 @@ from apportion.studies.cli.records import CheckReport, Need, OperatorCount
 from apportion.studies.context import RANK_MULTIPLE, worker_spec
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
+from apportion.studies.limits import amount
 from apportion.studies.pricing import Prices
 from apportion.studies.specification import StudySpec
 from apportion.units import format_bytes
 from apportion.workers.evaluator import Budgets
 from apportion.workers.memory import available_bytes, memory_need
+from apportion.workers.objectives import dense_loss
 from apportion.workers.samples import PARTS, check_disjoint
 from apportion.workers.spec import Setting, open_setting
 
@@ -45,6 +47,7 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
     if not setting.space.weight_sites:
         raise InvalidInput("space: no weight site of the model has a choice")
     _check_limits(spec, setting)
+    _check_loss(spec, setting)
     for what, need in (("memory", memory(spec, setting, workers)), ("disk", disk(setting, home))):
         if need["needed"] > need["free"]:
             needed, free = format_bytes(need["needed"]), format_bytes(need["free"])
@@ -132,13 +135,17 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
         if found is not None:
             raise InvalidInput(
                 f"limits cannot be met: {limit.kind} "
-                f"{_size(limit.kind, prices.limit_value(limit))}, the smallest configuration of "
-                f"this space is {_size(limit.kind, found.minimum[limit.kind])}"
+                f"{amount(limit.kind, prices.limit_value(limit))}, the smallest configuration of "
+                f"this space is {amount(limit.kind, found.minimum[limit.kind])}"
             )
 
 
-def _size(kind: str, value: float) -> str:
-    return f"{value:.4g} bits" if kind == "bits" else format_bytes(value)
+@no_gradients()
+def _check_loss(spec: StudySpec, setting: Setting) -> None:
+    """Try the loss on the dense model, before anything is measured. Raises InvalidInput."""
+    chunk = setting.open_part("search").chunks(spec.objective.batch)[0]
+    output = call(setting.opened.model, setting.objective.inputs(chunk.batch))
+    dense_loss(setting.objective, output, chunk.batch)
 
 
 def _devices(spec: StudySpec, setting: Setting, home: Home) -> dict[str, OperatorCount]:

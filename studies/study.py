@@ -10,6 +10,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from apportion.errors import InvalidInput
+from apportion.studies.cli import reports
 from apportion.studies.cli.display import Display, QuietDisplay
 from apportion.studies.cli.records import CheckReport, Report, SiteRow, Status, StudyRow
 from apportion.studies.database.rows import StudyRow as StoredStudy
@@ -20,7 +21,7 @@ from apportion.studies.specification import StudySpec, difference, load
 if TYPE_CHECKING:
     from apportion.workers.spec import Setting
 
-FINISHED = "finished"
+FINISHED, RUNNING = "finished", "running"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Study:
             study._refuse_another(spec)
             state = study.status()["state"]
             display.line(f" study {spec.study.name} is {state} already; nothing was started")
-            if state != FINISHED:
+            if state not in (FINISHED, RUNNING):
                 display.line(f" to go on: {place.command(f'resume {spec.study.name}')}")
             return study
         from apportion.studies.preparation import prepare
@@ -120,9 +121,14 @@ class Study:
         return cls(place, store, row)
 
     def resume(
-        self, workers: int = 1, display: Display | None = None, stop: Event | None = None
+        self, workers: int | None = None, display: Display | None = None, stop: Event | None = None
     ) -> None:
         """Continue where the study stands; nothing that is stored is done again.
+
+        Args:
+            workers: evaluations at a time; None: as many as before.
+            display: told what happens.
+            stop: set it to stop: what runs ends and is stored.
 
         Raises:
             InvalidInput: another process runs it, or its model, data or code have changed.
@@ -132,15 +138,16 @@ class Study:
         if status["state"] == FINISHED:
             display.line(f" study {self.name} is finished; nothing is left to do")
             return
-        if status["state"] != "running":
-            tokens = f"{status['tokens_spent'] / 1e6:.2f} of {status['tokens'] / 1e6:.2f} M tokens"
-            display.line(f" resuming at {status['stage'] or 'its beginning'}, {tokens}")
-        self._run(workers, display, stop or Event(), None)
+        if status["state"] != RUNNING:
+            stage = status["stage"] or "its beginning"
+            display.line(f" resuming at {stage}, {reports.tokens(status)}")
+        self._run(workers or status["workers"], display, stop or Event(), None)
 
     def _run(self, workers: int, display: Display, stop: Event, setting: "Setting | None") -> None:
         from apportion.studies.context import Context
         from apportion.studies.driver import drive, leased
         from apportion.studies.evaluations import Stopped
+        from apportion.studies.stages.discover import Changed
 
         self.home.create()
         with leased(self._store, self._id) as lease:
@@ -155,6 +162,9 @@ class Study:
                 drive(context)
             except Stopped:
                 context.say("stopped", self._row().stage)
+            except Changed:
+                context.say("stopped", self._row().stage)
+                raise
             except InvalidInput:
                 # Nothing was evaluated yet: a corrected study file may take the same name.
                 if not self._store.forget(lease):
@@ -304,8 +314,8 @@ def study_row(store: Store, row: StoredStudy) -> StudyRow:
     spec = StudySpec(**row.specification)
     message = _message(row)
     state = {"done": FINISHED, "failed": "failed"}.get(row.state, "interrupted")
-    if row.state == "running" and row.is_owned:
-        state = "running"
+    if row.state == RUNNING and row.is_owned:
+        state = RUNNING
     best = message.get("best")
     created = datetime.datetime.fromtimestamp(row.created_at, datetime.UTC)
     return StudyRow(
@@ -314,10 +324,15 @@ def study_row(store: Store, row: StoredStudy) -> StudyRow:
         stage=row.stage or None,
         tokens_spent=int(message.get("tokens", 0)),
         tokens=spec.search.tokens,
-        unit="tokens" if spec.data.is_text else "samples",
+        unit=budget_unit(spec),
         best_loss=best if isinstance(best, float) else None,
         created=created.isoformat(timespec="seconds"),
     )
+
+
+def budget_unit(spec: StudySpec) -> str:
+    """What a budget counts: tokens of text, samples of other data."""
+    return "tokens" if spec.data.is_text else "samples"
 
 
 def loss_name(spec: StudySpec) -> str:

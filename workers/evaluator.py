@@ -15,7 +15,7 @@ from apportion.spaces.apply import Dropped, bias_of
 from apportion.spaces.batches import call, main_tensor
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DENSE, DROP, Configuration, Space
-from apportion.workers.objectives import Objective, negative_log_likelihood
+from apportion.workers.objectives import Objective, dense_loss, negative_log_likelihood
 from apportion.workers.prefix import Blocks, Gate, execution_order, size_bytes
 from apportion.workers.realized import RealizedStore
 from apportion.workers.samples import Chunk, Part, Samples
@@ -177,9 +177,7 @@ class Evaluator:
         """
         chunk = self.chunks(part)[0]
         reference = self._reference(part, 0, chunk)
-        sums, weights = self.objective.measure(reference, chunk.batch, reference)
-        if not np.isfinite(sums).all() or not weights.sum() > 0:
-            raise InvalidInput(f"model.source: the dense model's loss on {part} is not finite")
+        loss = dense_loss(self.objective, reference, chunk.batch)
         if self.objective.source == "kl":
             again = self._whole_pass(chunk)
             if np.any(self.objective.measure(again, chunk.batch, reference)[0] != 0):
@@ -189,7 +187,7 @@ class Evaluator:
                 )
         if self.is_causal_lm:
             _check_prediction(reference, chunk)
-        return float(sums.sum() / weights.sum())
+        return loss
 
     @torch.inference_mode()
     def _whole_pass(self, chunk: Chunk) -> Any:

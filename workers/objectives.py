@@ -117,6 +117,21 @@ def _as_array(value: object) -> NDArray[np.float64]:
     return np.atleast_1d(np.asarray(plain, dtype=np.float64))
 
 
+def dense_loss(objective: Objective, output: Any, batch: Batch) -> float:
+    """The dense model's own loss.
+
+    Raises:
+        InvalidInput: it is not finite, or nothing is scored.
+    """
+    sums, weights = objective.measure(output, batch, output)
+    if not (np.isfinite(sums).all() and np.isfinite(weights).all() and weights.sum() > 0):
+        raise InvalidInput(
+            "objective.loss: the dense model's loss on the search data is not finite: its weights, "
+            "the data or the loss hold what is no number"
+        )
+    return float(sums.sum() / weights.sum())
+
+
 def scored_logits(output: Any) -> Tensor:
     """Logits of the scored positions, [windows, positions, classes].
 

@@ -8,11 +8,13 @@ from typing import Any, TypedDict
 
 import torch
 
+from apportion.errors import InvalidInput
 from apportion.spaces.bank import Bank
-from apportion.spaces.batches import Batch
+from apportion.spaces.batches import Batch, call, main_tensor, no_gradients
 from apportion.spaces.discovery import discover
 from apportion.spaces.sites import Site
 from apportion.spaces.space import Entry, Space, build_space
+from apportion.workers import user_code
 from apportion.workers.evaluator import Budgets, Evaluator
 from apportion.workers.objectives import Objective, open_objective
 from apportion.workers.realized import Index, RealizedStore
@@ -84,10 +86,28 @@ def open_setting(spec: WorkerSpec) -> Setting:
         return open_data(spec["data"], part, opened.tokenizer, base, spec["seed"])
 
     sample = objective.inputs(open_part("search").chunks(1)[0].batch)
+    _try(opened, sample)
     sites = discover(opened.model, sample).sites
     entries = [_entry(fields) for fields in spec["space"]]
     space = build_space(sites, entries, spec["rank_multiple"])
     return Setting(opened, sites, space, objective, open_part, sample)
+
+
+@no_gradients()
+def _try(opened: OpenedModel, sample: Batch) -> None:
+    """Run the model once. Raises InvalidInput with what it raised, and where in the user's file."""
+    try:
+        output = call(opened.model, sample)
+    except user_code.RAISED as error:
+        told = user_code.raised(error, user_code.file_of(opened.source))
+        raise InvalidInput(f"model.source: the model, run on one window of data, {told}") from error
+    try:
+        main_tensor(output)
+    except TypeError as error:
+        raise InvalidInput(
+            f"model.source: the model returns {type(output).__name__}, not a tensor, a tuple that "
+            "begins with one, or an output with .logits"
+        ) from error
 
 
 def build_evaluator(spec: WorkerSpec) -> Evaluator:

@@ -15,6 +15,8 @@ from apportion.errors import InvalidInput
 from apportion.hashing import content_hash, file_hash
 
 PREFIX = "python:"
+# A user's code may raise anything, and end the process too; all of it is the user's to mend.
+RAISED = (Exception, SystemExit)
 TWO_LINES = 'the two lines that work: "def build(): ..." in model.py, and "python:model.py:build"'
 
 
@@ -43,8 +45,8 @@ class UserFunction:
         with _importable(self.file.parent):
             try:
                 return self.function(*args)
-            except Exception as error:  # whatever the user's code raises is the user's to mend
-                raise InvalidInput(f"{self.source} {_raised(error, self.file)}") from error
+            except RAISED as error:
+                raise InvalidInput(f"{self.source} {raised(error, self.file)}") from error
 
 
 def load_function(source: str, base: Path, where: str) -> UserFunction:
@@ -114,9 +116,9 @@ def _import_file(file: Path, where: str) -> ModuleType:
     with _importable(file.parent):
         try:
             specification.loader.exec_module(module)
-        except Exception as error:  # a user's file may raise anything while it is imported
+        except RAISED as error:
             del sys.modules[name]
-            raise InvalidInput(f"{where}: importing {file} {_raised(error, file)}") from error
+            raise InvalidInput(f"{where}: importing {file} {raised(error, file)}") from error
     return module
 
 
@@ -124,11 +126,17 @@ def _import_module(name: str, base: Path, where: str) -> ModuleType:
     with _importable(base):
         try:
             module = importlib.import_module(name)
-        except Exception as error:  # a user's module may raise anything while it is imported
-            raise InvalidInput(f"{where}: importing {name} {_raised(error, None)}") from error
+        except RAISED as error:
+            raise InvalidInput(f"{where}: importing {name} {raised(error, None)}") from error
     if getattr(module, "__file__", None) is None:
         raise InvalidInput(f"{where}: {name} is a folder, not a module; {TWO_LINES}")
     return module
+
+
+def file_of(source: str) -> Path | None:
+    """The file that a resolved source names; None where it names a module, or no code."""
+    place = source.removeprefix(PREFIX).rpartition(":")[0]
+    return Path(place) if source.startswith(PREFIX) and place.endswith(".py") else None
 
 
 def _function_of(module: ModuleType, name: str, file: Path, where: str) -> Callable[..., Any]:
@@ -143,7 +151,7 @@ def _function_of(module: ModuleType, name: str, file: Path, where: str) -> Calla
     raise InvalidInput(f'{where}: {file.name} has no function "{name}"{hint}')
 
 
-def _raised(error: Exception, file: Path | None) -> str:
+def raised(error: BaseException, file: Path | None) -> str:
     """What was raised, and the deepest line of the user's file that led there."""
     line = None
     trace = error.__traceback__

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 GRACE_S = 10.0
+JOIN_S = 1.0
 
 
 @contextmanager
@@ -21,12 +22,16 @@ def interruptible(
         notice: is told what the first Ctrl-C does.
     """
     stop = threading.Event()
+    told: list[threading.Thread] = []
 
     def first(signum: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, at_once)
         signal.setitimer(signal.ITIMER_REAL, grace_s)
-        notice(f"stopping: what runs has {grace_s:.0f} s to end; Ctrl-C again stops at once")
+        text = f"stopping: what runs has {grace_s:.0f} s to end; Ctrl-C again stops at once"
+        # A handler may come in the middle of a write to the same stream, which would raise here.
+        told.append(threading.Thread(target=notice, args=(text,), daemon=True))
+        told[-1].start()
 
     def at_once(signum: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -40,6 +45,8 @@ def interruptible(
     try:
         yield stop
     finally:
+        for thread in told:
+            thread.join(JOIN_S)
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -52,7 +52,7 @@ def resume(context: typer.Context, name: Name) -> None:
     with session.working(study.spec.objective.threads) as display:
 
         def work(stop: Event) -> Study:
-            study.resume(workers=1, display=display, stop=stop)
+            study.resume(display=display, stop=stop)
             return study
 
         _run(session, display, work)

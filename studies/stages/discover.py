@@ -10,6 +10,10 @@ from apportion.workers.samples import PARTS, check_disjoint
 AGAIN = "submit it under another name, what is still valid is reused"
 
 
+class Changed(InvalidInput):
+    """Something is not what it was when the study began; put back, the study goes on."""
+
+
 def run(context: Context) -> Output:
     """The stage's output: what must be the same when the study is resumed.
 
@@ -50,26 +54,26 @@ def check_unchanged(context: Context, output: Output) -> None:
     """Refuse to resume on another model, other data, code or another machine.
 
     Raises:
-        InvalidInput: what has changed.
+        Changed: says what.
     """
     before, now = output["model"]["revision"], context.opened.revision
     if before != now:
-        raise InvalidInput(
+        raise Changed(
             f"refused: the model behind {output['model']['source']} has changed since the study "
             f"began ({before[:8]}... -> {now[:8]}...); {AGAIN}"
         )
     for part in PARTS:
         if output["data"][part] != context.samples(part).hash:
-            raise InvalidInput(f"refused: the {part} data have changed; {AGAIN}")
+            raise Changed(f"refused: the {part} data have changed; {AGAIN}")
     if output["objective"] != context.setting.objective.hash:
-        raise InvalidInput(f"refused: the code of the loss has changed; {AGAIN}")
+        raise Changed(f"refused: the code of the loss has changed; {AGAIN}")
     if output["numerics"] != context.numerics:
-        raise InvalidInput(
+        raise Changed(
             "refused: evaluations would be run otherwise than before "
             f"({output['numerics']} -> {context.numerics}); {AGAIN}"
         )
     if output["space"] != _texts(context.setting.space):
-        raise InvalidInput(f"refused: the model's sites or options are found differently; {AGAIN}")
+        raise Changed(f"refused: the model's sites or options are found differently; {AGAIN}")
 
 
 def _texts(space: Space) -> dict[str, list[str]]:

@@ -12,7 +12,9 @@ from apportion.cost_models.recorded import read_recorded
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.static import bits, resident_cost, site_bytes, struck, weight_bytes
 from apportion.cost_models.table import CostTable, Rows, padded
+from apportion.errors import InvalidInput
 from apportion.spaces.space import DENSE, Config, Space
+from apportion.studies.cli.display import Stage
 from apportion.studies.context import RANK_MULTIPLE, Context, Output, worker_spec
 from apportion.studies.evaluations import Stopped
 from apportion.studies.pricing import Prices, latency_kind
@@ -53,37 +55,38 @@ def uniform_configs(model: nn.Module, space: Space) -> dict[str, Config]:
 
 
 def _profile(context: Context, name: str, device: Device) -> Profile:
+    is_recorded = device.kind == "recorded"
     with context.display.stage("profile") as bar:
-        if device.kind == "recorded":
-            profile = _recorded(context, device)
-        else:
-            profile = _measured(context, device, bar.update)
+        try:
+            profile = _recorded(context, device) if is_recorded else _measured(context, device, bar)
+        except InvalidInput as error:
+            raise InvalidInput(f"devices.{name}: {error}") from error
         error = f"{100 * profile.mean_error:.1f} %"
+        how = "recorded" if is_recorded else "measured"
         where = f"'{name}' " if len(context.spec.devices) > 1 else ""
         bar.end(
-            f"{where}{profile.operators} operators {_how(device)}, median "
+            f"{where}{profile.operators} operators {how}, median "
             f"±{100 * profile.operator_width:.1f} % · whole model within {error} "
             f"({len(profile.measured)} configurations)"
         )
     line = doubt(profile.conditions)
-    if line is not None and device.kind == "cpu":
+    if line is not None and not is_recorded:
         context.display.warning(line)
     return profile
 
 
-def _how(device: Device) -> str:
-    return "recorded" if device.kind == "recorded" else "measured"
-
-
 def _recorded(context: Context, device: Device) -> Profile:
     recorded = read_recorded(Path(device.file or ""))
+    threads = int(recorded.fingerprint["threads"])
+    if device.threads not in (None, threads):
+        raise InvalidInput(f"threads: {device.threads}, but it was recorded with {threads}")
     space = context.setting.space
     return measure_profile(
         context.model,
         space,
         [RequestItem.from_json(item) for item in request_of(device)],
         context.setting.sample,
-        threads=int(recorded.fingerprint["threads"]),
+        threads=threads,
         known=recorded.measurements,
         record=lambda batch: None,
         seed=context.spec.study.seed,
@@ -99,7 +102,7 @@ def request_of(device: Device) -> list[dict[str, Any]]:
     return [item.model_dump(mode="json", exclude_none=True) for item in device.request]
 
 
-def _measured(context: Context, device: Device, update: Any) -> Profile:
+def _measured(context: Context, device: Device, bar: Stage) -> Profile:
     threads = device.threads or 1
     key = fingerprint_hash(fingerprint(threads))
 
@@ -107,7 +110,7 @@ def _measured(context: Context, device: Device, update: Any) -> Profile:
         if "record" in message:
             context.store.record_measurements(key, message["record"])
         if "progress" in message:
-            update(*message["progress"], "")
+            bar.update(*message["progress"])
         if context.stop.is_set():
             raise Stopped
 
@@ -120,7 +123,7 @@ def _measured(context: Context, device: Device, update: Any) -> Profile:
         "uniforms": list(uniform_configs(context.model, context.setting.space).values()),
     }
     log = context.home.log(context.spec.study.name)
-    with device_lock().exclusive(lambda: waiting(context, update)):
+    with device_lock().exclusive(lambda: waiting(context, bar.update)):
         return Profile.from_json(run_timing(job, threads, hear, log))
 
 

@@ -4,7 +4,7 @@ A resumed search feeds a fresh solver the stored results again: its proposals mu
 trials, in their order, so a changed solver, seed or problem is noticed instead of mixed in.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from apportion.search.solvers import make_solver
 from apportion.search.solvers.exact import infeasibility
 from apportion.studies.database.rows import Evaluation, NewTrial, TrialRow
 from apportion.studies.evaluations import Naming, Runner
+from apportion.studies.limits import amount
 from apportion.studies.pricing import Prices
 from apportion.workers.pool import Evaluate
 
@@ -85,7 +86,7 @@ class Search:
             ApportionError: the solver no longer proposes what is stored.
             Stopped: the user asked to stop.
         """
-        check_limits(self.problem)
+        check_limits(self.problem, {})
         solver = make_solver(self.solver, self.problem, self.settings, state)
         done = tokens = 0
         best: float | None = None
@@ -161,16 +162,27 @@ class Search:
         )
 
 
-def check_limits(problem: Problem) -> None:
-    """Refuse limits that no configuration meets. Raises InvalidInput with the least values."""
+def check_limits(problem: Problem, stated: Mapping[str, float]) -> None:
+    """Refuse limits that no configuration meets.
+
+    Args:
+        problem: its limits hold what predictions may be wrong by.
+        stated: kind -> the limit as the study file means it.
+
+    Raises:
+        InvalidInput: with the least values.
+    """
     found = infeasibility(problem)
     if found is None:
         return
-    parts = [
-        f"{kind} {problem.limit[kind]:.6g}, the least of this space is {least:.6g}"
-        for kind, least in found.minimum.items()
-    ]
-    together = f"; all limits x {found.factor:.3f} can be met" if found.factor < np.inf else ""
+    alone = {kind: least for kind, least in found.minimum.items() if least > problem.limit[kind]}
+    parts = []
+    for kind, least in (alone or found.minimum).items():
+        bound = amount(kind, problem.limit[kind])
+        limit = amount(kind, stated[kind]) if kind in stated else bound
+        margin = "" if limit == bound else f" ({bound} less the margin of predictions)"
+        parts.append(f"{kind} {limit}{margin}, the least of this space is {amount(kind, least)}")
+    together = "" if alone else f"; not at once: all limits x {found.factor:.3f} can be met"
     raise InvalidInput(f"limits cannot be met: {'; '.join(parts)}{together}")
 
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from apportion.errors import ApportionError
@@ -16,11 +17,11 @@ from apportion.spaces.grammar import parse_option
 
 OPTIONS = """f32 bf16 w2 w3 w4 w8 w2g16 w3g32 w4g32 w4g32s w8g16 w8a8 s50% s62.5%:magnitude r50%
 r50%:svd w4g32+r4 w2+r8:svd s50%+r4 s50%+w4g32 s60%+w3 s50%+w4g16+r4""".split()
-# Numbers that are exact in float32, so that they do not depend on how a machine sums. Ranks are
-# left out: a singular value decomposition is the library's, not ours.
+# The weights have few bits, so that sums of them hardly round: the hash is the same with and
+# without vector instructions. Singular values are the library's, and are compared by their error.
 GOLDEN_OPTIONS = "bf16 w2 w3g16 w4g32s w4 w8 w8g16 w8a8 s50% s50%:magnitude s60%+w4g16".split()
-GOLDEN_VERSION, GOLDEN = 1, ""
-GOLDEN_ERRORS = {}
+GOLDEN_VERSION, GOLDEN = 1, "3add6745272d995cc7ba65ec32b58e24"
+GOLDEN_ERRORS = {"r50%": 923.817, "r50%:svd": 939.508, "w4g32+r4": 3.32453, "s50%+r4:svd": 121.616}
 DIAGONAL = torch.arange(1, 33, dtype=torch.float64)
 
 
@@ -88,13 +89,11 @@ def strip_header(path):
 
 
 def lose_tensor(path):
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
     tensors = load_file(path)
     tensors.pop("0.zero")
-    members = f'[{{"format": {FORMAT}, "shape": {{"out_features": 24, "in_features": 32}}}}]'
-    save_file(tensors, path, metadata={"members": members})
-
-
-FORMAT = '{"dtype": "float32", "bits": 4, "group": 32}'
+    save_file(tensors, path, metadata=header)
 
 
 @pytest.mark.parametrize("damage", [truncate, strip_header, lose_tensor])
@@ -138,8 +137,7 @@ def test_compressors_give_the_numbers_of_their_version():
     assert (COMPRESSOR_VERSION, content_hash(hashes)) == (GOLDEN_VERSION, GOLDEN)
 
 
-@pytest.mark.parametrize("text", ["r50%", "r50%:svd", "w4g32+r4", "s50%+r4:svd"])
+@pytest.mark.parametrize("text", GOLDEN_ERRORS)
 def test_compressors_give_the_ranks_of_their_version(text):
-    """As above, of what singular values are part of: an approximation that differs is a change."""
     error = (reference_weight(stored(text)) - weight()).double().square() @ DIAGONAL
     assert error.sum().item() == pytest.approx(GOLDEN_ERRORS[text], rel=1e-3)
