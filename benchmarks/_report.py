@@ -82,7 +82,7 @@ def write(
     doubtful = doubt(now)
     table(("claim", "value", "unit", "bound", ""), told, [doubtful] if doubtful else [])
     kept = sum(claim.holds for claim in claims)
-    print(f"\n {kept} of {len(claims)} claims hold · {path.relative_to(ROOT)}")
+    print(f"\n {kept} of {len(claims)} claims hold · benchmarks/results/{path.name}")
 
 
 def _word(claim: Claim) -> str:

@@ -33,6 +33,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from apportion.cost_models.fingerprint import fingerprint
 from apportion.hashing import content_hash
+from apportion.studies import driver, preparation  # noqa: F401 (before the first fork)
 from apportion.studies.database.engine import BEGIN
 from apportion.studies.database.store import Store
 from apportion.studies.study import Study, list_studies

@@ -258,8 +258,7 @@ def draw(rows: Sequence[Row]) -> None:
     for limit, axes in panels.items():
         axes.set_title(f"weight_bytes = {limit}", fontsize=10)
         axes.set_xlabel("evaluated tokens, millions")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.25, which="both")
+        axes.grid(alpha=0.25)
     first = panels[LIMITS[0]]
     first.set_ylabel("best KL within the limit, search slice, nats")
     first.legend(frameon=False, fontsize=8)

@@ -1,5 +1,6 @@
 """Batches: what one call of a model takes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The tensor that a module hands on: the output itself, `.logits`, or a tuple's first item.
+    """The tensor that a module hands on.
+
+    The output itself, `.logits`, or the first item of a tuple or of a mapping (transformers'
+    outputs are mappings; an encoder's begins with `last_hidden_state`).
 
     Raises:
         TypeError: the output holds no tensor there.
@@ -28,8 +32,9 @@ def main_tensor(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return output[0]
+    items = tuple(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(items, tuple) and items and isinstance(items[0], Tensor):
+        return items[0]
     raise TypeError(f"a {type(output).__name__} holds no tensor to follow")
 
 

@@ -138,7 +138,7 @@ def _search_round(
 
     def run() -> Output:
         with context.display.stage("search") as bar:
-            told, unit = "nothing to do", budget_unit(context.spec)
+            told, unit = "nothing to do", context.spec.data.unit
             for progress in search.run(trials, state, found):
                 told = _told(progress, search.settings.tokens, unit)
                 bar.update(progress.tokens, search.settings.tokens, told)

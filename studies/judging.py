@@ -1,5 +1,6 @@
 """Judging a round: held-out losses, measured latencies, and what of the front is exported."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -250,9 +251,22 @@ class Judging:
                 kind: {"value": value, "ratio": ratios} for kind, (value, ratios) in limits.items()
             },
             "broken": {} if self.final else broken,
-            "notes": notes,
+            "notes": [*notes, *self._without_credit()],
             "clustered_by": "document" if won.loss.by_document else "window",
         }
+
+    def _without_credit(self) -> list[str]:
+        """Options that run dense on a device, and options that were struck, in a line each."""
+        sites = len(self.prices.space.weight_sites)
+        lines = []
+        for name, found in self.profiled["profiles"].items():
+            counts = Counter(text for texts in found["uncredited"].values() for text in texts)
+            if counts:
+                lines.append(f"no latency credit on '{name}', runs dense: {_shares(counts, sites)}")
+        struck = Counter(text for texts in self.profiled["struck"].values() for text in texts)
+        if struck:
+            lines.append(f"struck, neither smaller nor faster than dense: {_shares(struck, sites)}")
+        return lines
 
     def _point(self, judged: Judged) -> dict[str, Any]:
         candidate, space = judged.candidate, self.prices.space
@@ -302,6 +316,14 @@ class Judging:
             "difference": _known(found.mean),
             "standard_error": _known(found.error),
         }
+
+
+def _shares(counts: Mapping[str, int], sites: int) -> str:
+    """ "s60%, r50% (6 of 24 sites)"."""
+    return ", ".join(
+        text if count == sites else f"{text} ({count} of {sites} sites)"
+        for text, count in counts.items()
+    )
 
 
 def _by_size(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

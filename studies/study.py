@@ -324,15 +324,10 @@ def study_row(store: Store, row: StoredStudy) -> StudyRow:
         stage=row.stage or None,
         tokens_spent=int(message.get("tokens", 0)),
         tokens=spec.search.tokens,
-        unit=budget_unit(spec),
+        unit=spec.data.unit,
         best_loss=best if isinstance(best, float) else None,
         created=created.isoformat(timespec="seconds"),
     )
-
-
-def budget_unit(spec: StudySpec) -> str:
-    """What a budget counts: tokens of text, samples of other data."""
-    return "tokens" if spec.data.is_text else "samples"
 
 
 def loss_name(spec: StudySpec) -> str:

@@ -105,8 +105,8 @@ def _try(opened: OpenedModel, sample: Batch) -> None:
         main_tensor(output)
     except TypeError as error:
         raise InvalidInput(
-            f"model.source: the model returns {type(output).__name__}, not a tensor, a tuple that "
-            "begins with one, or an output with .logits"
+            f"model.source: the model returns {type(output).__name__}, not a tensor, a tuple or "
+            "mapping that begins with one, or an output with .logits"
         ) from error
 
 

@@ -112,12 +112,19 @@ class ConsoleStage:
         self._write(start + f"\n{INDENT}".join(lines))
 
 
+class _Console(Console):
+    """Leaves a reader that went away to the command line, which knows the exit status."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class ConsoleDisplay:
     """The display of the command line: `file` is a terminal, a pipe or a file."""
 
     def __init__(self, file: TextIO, now: Callable[[], float] = time.monotonic) -> None:
         self._width = _terminal_width(file)
-        self._console = Console(
+        self._console = _Console(
             file=file,
             width=self._width or 1_000,
             force_terminal=self._width is not None,

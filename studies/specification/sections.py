@@ -105,6 +105,11 @@ class DataSection(Section):
         """Whether the data are documents that are cut into windows of `context` tokens."""
         return all(text.startswith(TEXT) for text in self.references.values())
 
+    @property
+    def unit(self) -> str:
+        """What a budget counts."""
+        return "tokens" if self.is_text else "samples"
+
     @model_validator(mode="after")
     def _check_together(self) -> "DataSection":
         problems = []
