@@ -1,8 +1,6 @@
 """The bank: every realized option, made once, named by what it was made from."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from apportion.errors import ApportionError
+from apportion.files import write_whole
 from apportion.hashing import content_hash
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.spaces.grammar import Option
@@ -61,8 +60,6 @@ class Bank:
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{place}.{name}": tensor.contiguous()
             for place, member in enumerate(stored)
@@ -70,16 +67,7 @@ class Bank:
         }
         header = [{"format": m.format.to_json(), "shape": m.shape.to_json()} for m in stored]
         content = save(tensors, metadata={"members": json.dumps(header)})
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(self._path(key), content)
 
     def get(self, key: str) -> list[StoredWeight]:
         """Read an entry, memory-mapped.

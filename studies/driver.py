@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apportion.files import write_whole
 from apportion.hashing import content_hash
 from apportion.search.problem import Problem
 from apportion.search.solver import Settings
@@ -214,5 +215,5 @@ def _index_file(context: Context, index: dict[str, dict[str, str]]) -> Path:
     """The bank's index as a file for workers; written again where the cache was emptied."""
     path = context.home.cache / f"bank-{content_hash(index)}.json"
     if not path.is_file():
-        path.write_text(json.dumps(index))
+        write_whole(path, json.dumps(index).encode())
     return path

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
-from apportion.errors import ApportionError
 from apportion.hashing import content_hash
 from apportion.spaces.space import DENSE, DROP, KEEP
 from apportion.studies.database.rows import Evaluation
 from apportion.studies.database.store import Store
+from apportion.workers.device_lock import processor_lock
 from apportion.workers.evaluator import Evaluation as Done
 from apportion.workers.pool import Evaluate, Pool
 
@@ -16,6 +16,7 @@ from apportion.workers.pool import Evaluate, Pool
 # (tests/workers/test_evaluator.py holds golden losses that notice).
 EVALUATOR_VERSION = 1
 POLL_SECONDS = 0.2
+STOP_SECONDS = 10.0
 
 
 class Stopped(Exception):
@@ -68,7 +69,17 @@ class Runner:
         wanted = dict(work)
         known = self.store.evaluations(list(wanted))
         yield from known.items()
-        running = {self.pool.submit(task): key for key, task in wanted.items() if key not in known}
+        if len(known) < len(wanted):
+            # Nobody times on this machine's processor meanwhile.
+            with processor_lock().shared(self._wait_for_timing):
+                yield from self._run_new([(k, t) for k, t in wanted.items() if k not in known])
+
+    def _wait_for_timing(self) -> None:
+        if self.stopped():
+            raise Stopped
+
+    def _run_new(self, work: Sequence[tuple[str, Evaluate]]) -> Iterator[tuple[str, Evaluation]]:
+        running = {self.pool.submit(task): key for key, task in work}
         try:
             while running:
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -94,17 +105,3 @@ class Runner:
         for future in done:
             self._keep(running[future], future)
         raise Stopped
-
-
-STOP_SECONDS = 10.0
-
-
-def losses_of(evaluation: Evaluation) -> float:
-    """Mean loss of an evaluation.
-
-    Raises:
-        ApportionError: it failed.
-    """
-    if evaluation.failure or evaluation.losses is None or evaluation.weights is None:
-        raise ApportionError(f"an evaluation failed: {evaluation.failure}")
-    return float(evaluation.losses.sum() / evaluation.weights.sum())

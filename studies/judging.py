@@ -17,6 +17,7 @@ from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.stages import confirm, profile
 from apportion.studies.stages.confirm import PART, Judged
 from apportion.studies.stages.search import Candidate, best_rival, front, winner
+from apportion.workers.device_lock import processor_lock
 from apportion.workers.pool import Evaluate
 from apportion.workers.timing import run_timing
 
@@ -141,7 +142,7 @@ class Judging:
                 "configurations": configurations,
             }
             log = self.context.home.log(self.context.spec.study.name)
-            with profile.device_lock().exclusive(lambda: profile.waiting(self.context, update)):
+            with processor_lock().exclusive(lambda: profile.waiting(self.context, update)):
                 times = run_timing(job, device.threads or 1, lambda message: None, log)
             measured = {place: Measurement.from_json(found) for place, found in times.items()}
             by_device[name] = {

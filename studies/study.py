@@ -1,6 +1,7 @@
 """A study as a user holds it: submit, resume, look at its front, export. Imports nothing heavy."""
 
 import datetime
+import errno
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,7 +10,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from apportion.errors import InvalidInput
+from apportion.errors import ApportionError, InvalidInput
 from apportion.studies.cli import reports
 from apportion.studies.cli.display import Display, QuietDisplay
 from apportion.studies.cli.records import CheckReport, Report, SiteRow, Status, StudyRow
@@ -21,6 +22,7 @@ from apportion.studies.specification import StudySpec, difference, load
 if TYPE_CHECKING:
     from apportion.workers.spec import Setting
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 FINISHED, RUNNING = "finished", "running"
 
 
@@ -170,6 +172,13 @@ class Study:
                 if not self._store.forget(lease):
                     context.say("failed", self._row().stage)
                 raise
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    context.say("failed", self._row().stage)
+                    raise
+                raise ApportionError(
+                    f"{self.home.path}: the disk is full; free some space, then resume"
+                ) from error
             except Exception:
                 context.say("failed", self._row().stage)
                 raise

@@ -1,12 +1,21 @@
 """One lock per device and machine: shared by evaluations, exclusive for timing."""
 
 import fcntl
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 POLL_SECONDS = 0.2
+LOCKS = Path(tempfile.gettempdir()) / f"apportion-locks-{os.getuid()}"
+"""Known to all studies of this machine and user, whatever their home."""
+
+
+def processor_lock() -> "DeviceLock":
+    """The lock of this machine's processor."""
+    return DeviceLock(LOCKS, "cpu")
 
 
 class DeviceLock:

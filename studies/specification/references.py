@@ -78,7 +78,10 @@ def missing(text: str) -> str | None:
     if name.startswith("/"):
         return None if Path(name).is_dir() else f"no folder {name}"
     if HUB_NAME.fullmatch(name) is None:
-        return f'"{name}" is neither a folder nor the name of a model on the hub (ORG/NAME, ORG/NAME@COMMIT)'
+        return (
+            f'"{name}" is neither a folder nor the name of a model on the hub (ORG/NAME, '
+            "ORG/NAME@COMMIT)"
+        )
     return None
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from apportion.files import write_whole
 from apportion.hashing import content_hash, tensors_hash
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import entry_key
@@ -59,7 +60,7 @@ class Statistics:
         kept: dict[str, Tensor] = {}
         for name, statistics in self.sites.items():
             kept |= {name: statistics.second_moment, f"{name}:n": torch.tensor(statistics.tokens)}
-        save_file(kept, self.path)
+        write_whole(self.path, save(kept))
 
     def hash(self, site: str) -> str | None:
         """Content hash of a site's statistics; None where it has none."""

@@ -1,6 +1,5 @@
 """Profile: what every option costs, in bytes and in milliseconds measured on each device."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,8 @@ from apportion.studies.context import RANK_MULTIPLE, Context, Output, worker_spe
 from apportion.studies.evaluations import Stopped
 from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.specification.sections import Device
-from apportion.workers.device_lock import DeviceLock
+from apportion.workers.device_lock import processor_lock
 from apportion.workers.timing import run_timing
-
-LOCKS = Path(tempfile.gettempdir()) / "apportion-locks"
-"""Known to all studies of this machine, whatever their home."""
-
-
-def device_lock() -> DeviceLock:
-    """The lock of this machine's processor."""
-    return DeviceLock(LOCKS, "cpu")
 
 
 def run(context: Context) -> Output:
@@ -59,8 +50,8 @@ def _profile(context: Context, name: str, device: Device) -> Profile:
     with context.display.stage("profile") as bar:
         try:
             profile = _recorded(context, device) if is_recorded else _measured(context, device, bar)
-        except InvalidInput as error:
-            raise InvalidInput(f"devices.{name}: {error}") from error
+        except InvalidInput as reason:
+            raise InvalidInput(f"devices.{name}: {reason}") from reason
         error = f"{100 * profile.mean_error:.1f} %"
         how = "recorded" if is_recorded else "measured"
         where = f"'{name}' " if len(context.spec.devices) > 1 else ""
@@ -123,7 +114,7 @@ def _measured(context: Context, device: Device, bar: Stage) -> Profile:
         "uniforms": list(uniform_configs(context.model, context.setting.space).values()),
     }
     log = context.home.log(context.spec.study.name)
-    with device_lock().exclusive(lambda: waiting(context, bar.update)):
+    with processor_lock().exclusive(lambda: waiting(context, bar.update)):
         return Profile.from_json(run_timing(job, threads, hear, log))
 
 

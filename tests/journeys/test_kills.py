@@ -1,13 +1,15 @@
 """Whatever ends a driver or a worker, the study goes on to the same end, and nothing is left."""
 
+import errno
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ LONGEST_S = 60.0
 def evaluated(journey: Journey) -> int:
     """Evaluations that are stored."""
     file = journey.home / "studies.db"
-    line = f"import sqlite3; print(sqlite3.connect({str(file)!r}).execute('select count(*) from evaluations').fetchone()[0])"  # noqa: E501
-    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
-    return int(done.stdout or 0)
+    if not file.is_file():
+        return 0
+    with closing(sqlite3.connect(file)) as connection, suppress(sqlite3.OperationalError):
+        return int(connection.execute("select count(*) from evaluations").fetchone()[0])
+    return 0
 
 
 def processes_of(journey: Journey) -> list[psutil.Process]:
@@ -74,11 +78,15 @@ def nothing_left(journey: Journey) -> bool:
 
 
 def slowed(journey: Journey, seconds: float) -> None:
-    """Each forward pass takes so much longer, and the outputs are the same."""
+    """From when the file `slow` is there, each forward pass takes so much longer."""
     old = "    def forward(self, x: Tensor) -> Tensor:\n        for block"
-    new = f"{old.rpartition('        for')[0]}        time.sleep({seconds})\n        for block"
+    head = old.rpartition("        for")[0]
+    slow = "Path(__file__).with_name('slow').exists()"
+    new = f"{head}        time.sleep({seconds} if {slow} else 0)\n        for block"
     journey.edit("model.py", old, new)
-    journey.edit("model.py", "import torch\n", "import time\n\nimport torch\n")
+    journey.edit(
+        "model.py", "import torch\n", "import time\nfrom pathlib import Path\n\nimport torch\n"
+    )
 
 
 def test_killed_at_commits_and_moments(tmp_path: Path, files: Path) -> None:
@@ -118,10 +126,27 @@ def test_worker_killed(journey: Journey, finished: Journey) -> None:
     assert nothing_left(journey)
 
 
+def test_full_disk_is_one_line_and_goes_on(
+    journey: Journey, finished: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        ended = journey.submit()
+    assert (ended.status, len(ended.error.splitlines())) == (1, 1)
+    assert "the disk is full; free some space, then resume" in ended.error
+    assert not list(journey.home.rglob("*.part"))
+    assert journey.run("resume", "tiny").status == 0
+    assert journey.path() == finished.path()
+
+
 def test_running_study_has_one_driver(journey: Journey) -> None:
-    slowed(journey, 0.05)
+    slowed(journey, 0.2)
     with driver(journey, "submit", journey.study) as process:
         until(lambda: evaluated(journey) > 3)
+        (journey.folder / "slow").touch()
         second = journey.run("resume", "tiny")
         assert (second.status, len(second.error.splitlines())) == (2, 1)
         assert f"is being run by pid {process.pid} on" in second.error
@@ -154,6 +179,8 @@ def test_second_interrupt_ends_at_once(journey: Journey) -> None:
     slowed(journey, 4.0)
     with driver(journey, "submit", journey.study) as process:
         until(lambda: evaluated(journey) > 0)
+        (journey.folder / "slow").touch()
+        time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.3)
         began = time.monotonic()

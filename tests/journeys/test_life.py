@@ -1,6 +1,7 @@
 """A study from its submission to a verified artifact, as it is typed."""
 
 import json
+import re
 import subprocess
 from typing import Any
 
@@ -90,8 +91,6 @@ def test_tables_fit_the_terminal(finished: Journey, columns: str) -> None:
 
 
 def _plain(text: str) -> str:
-    import re
-
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 

@@ -52,7 +52,7 @@ loss = "python:../code/loss.py:cosine"
 sites = "linear:*"
 options = ["dense", "w8"]
 [[space]]
-sites = ["attention:*", "block:*"]
+sites = "block:*"
 options = ["keep", "drop"]
 [devices.here]
 threads = 1
@@ -97,7 +97,8 @@ def test_own_loss_is_what_the_front_shows(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     assert "held-out loss" in printed
     losses = [point["loss_heldout"] for point in shown(folder)["front"]]
-    assert all(0 <= loss <= 2 for loss in losses)
+    # float32 rounds the cosine of equal vectors to a little above one
+    assert all(-1e-6 <= loss <= 2 for loss in losses)
 
 
 def test_pipe_gets_plain_lines(finished: tuple[Path, str]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints and text that are wrong: one line each, and no study."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def text(journey: Journey, checkpoint: Path) -> Journey:
     """A study of the checkpoint, of which each test breaks a copy."""
-    import shutil
-
     shutil.copytree(checkpoint, journey.folder / "model")
     for part in PARTS:
         (journey.folder / part).mkdir()

@@ -67,7 +67,7 @@ def test_status_in_one_line() -> None:
         "stage": "search",
         "tokens_spent": 4_200_000,
         "tokens": 8_000_000,
-            "unit": "tokens",
+        "unit": "tokens",
         "best_loss": 0.083,
         "created": "2026-01-01T00:00:00",
         "loss": "KL",
