@@ -33,7 +33,7 @@ threads = 1                # threads of one evaluation
 batch = 8                  # windows in one forward pass
 
 # For each site the first entry that names it decides; what none names stays dense.
-# "apportion sites {source}" lists the sites; a pattern matches a name, a member's name or kind:name.
+# "apportion sites {file}" lists the sites; a pattern matches a name, a member's name or kind:name.
 [[space]]
 sites = ["linear:*", "conv:*"]
 options = ["dense", "bf16", "w8", "w8a8", "w4g64", "w3g64", "w4g64+r16", "s50%+w4g64", "r50%"]
@@ -117,6 +117,9 @@ def _aligned(line: re.Match[str]) -> str:
 
 
 def _name(source: str) -> str:
+    """The model's last name; of a function the file or module that it is in."""
+    if source.startswith(PYTHON):
+        source = source.rpartition(":")[0].removesuffix(".py").replace(".", "/")
     last = re.split(r"[/:]", source.rstrip("/"))[-1]
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._")[:64] or "study"
 

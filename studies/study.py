@@ -172,6 +172,10 @@ class Study:
                 if not self._store.forget(lease):
                     context.say("failed", self._row().stage)
                 raise
+            except BrokenPipeError:
+                # Who read the output left; the study itself has nothing wrong.
+                context.say("stopped", self._row().stage)
+                raise
             except OSError as error:
                 if error.errno not in NO_SPACE:
                     context.say("failed", self._row().stage)
