@@ -54,6 +54,13 @@ class Home:
         """The log file of a study, or of what belongs to none."""
         return self.path / "logs" / f"{study}.log"
 
+    @property
+    def shown(self) -> str:
+        """The folder as a user would type it: relative where it lies in the working folder."""
+        here = Path.cwd()
+        inside = self.path.is_relative_to(here) and self.path != here
+        return str(self.path.relative_to(here)) if inside else str(self.path)
+
     def command(self, words: str) -> str:
         """What to type for `words` ("resume demo") so that this home is found again."""
         return " ".join(["apportion", *(shlex.quote(option) for option in self.options), words])

@@ -198,7 +198,7 @@ class Study:
         )
         display.header(
             f"apportion {__version__} · study {self.name} · model {parameters:.1f} M parameters, "
-            f"{blocks} blocks · {devices} · home {self.home.path}"
+            f"{blocks} blocks · {devices} · home {self.home.shown}"
         )
 
     def _refuse_another(self, spec: StudySpec) -> None:
