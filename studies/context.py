@@ -148,18 +148,3 @@ class Context:
         output = compute()
         self.store.record_stage(self.lease, name, round, output, time.perf_counter() - began)
         return output
-
-
-def plan_of(
-    space: Space,
-    configuration: dict[str, str],
-    bank: Bank,
-    index: dict[str, dict[str, str]],
-    implementations: dict[str, dict[str, str]],
-) -> Plan:
-    """How a configuration is stored and run, its weights taken from the bank."""
-
-    def stored(site: Site, option: Option) -> Any:
-        return bank.get(index[site.name][str(option)])
-
-    return Plan(space, configuration, stored, implementations)

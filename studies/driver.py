@@ -15,6 +15,7 @@ from apportion.files import write_whole
 from apportion.hashing import content_hash
 from apportion.search.problem import Problem
 from apportion.search.solver import Settings
+from apportion.search.solvers.exact import infeasibility
 from apportion.studies.cli.reports import spent
 from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Lease, LeaseLost, NewTrial
@@ -96,10 +97,15 @@ def _rounds(
 ) -> None:
     """Search and confirm; a broken limit starts again at search with a tighter one."""
     tightening: dict[str, float] = {}
+    candidates: list[Candidate] = []
     with _pool(context, index) as pool:
+        runner = Runner(context.store, pool, context.stop.is_set)
         for round in range(MOST_ROUNDS):
-            runner = Runner(context.store, pool, context.stop.is_set)
-            candidates = _search_round(context, prices, runner, index, tightening, round)
+            problem = prices.problem(context.spec.parsed_limits, tightening)
+            # Where nothing is left below the tightened limit, the last candidates are all there is.
+            exhausted = bool(candidates) and infeasibility(problem) is not None
+            if not exhausted:
+                candidates = _search_round(context, prices, problem, runner, index, round)
             judging = Judging(
                 context,
                 prices,
@@ -108,7 +114,7 @@ def _rounds(
                 runner,
                 candidates,
                 index_file=_index_file(context, index),
-                final=round == MOST_ROUNDS - 1,
+                final=exhausted or round == MOST_ROUNDS - 1,
             )
             judged = context.stage("confirm", judging.run, round)
             if not judged["broken"]:
@@ -125,13 +131,12 @@ def _rounds(
 def _search_round(
     context: Context,
     prices: Prices,
+    problem: Problem,
     runner: Runner,
     index: dict[str, dict[str, str]],
-    tightening: Mapping[str, float],
     round: int,
 ) -> list[Candidate]:
     """The candidates of a round: from the stage's output, or by running the solver."""
-    problem = prices.problem(context.spec.parsed_limits, tightening)
     search = _search(context, prices, problem, runner, index, round)
     trials = [t for t in context.store.trials(context.study_id, round) if t.part == "search"]
     state = context.store.solver_state(context.study_id, round)
@@ -145,6 +150,7 @@ def _search_round(
                 bar.update(progress.tokens, search.settings.tokens, told)
                 context.progress |= {"tokens": progress.tokens, "best": progress.best}
                 context.progress |= {"recoveries": runner.pool.recoveries}
+                context.progress["cached"] = context.progress.get("cached", 0) + progress.reused
                 if progress.is_new:
                     context.say("running", "search")
             bar.end(told)

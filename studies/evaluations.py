@@ -74,6 +74,10 @@ class Runner:
             with processor_lock().shared(self._wait_for_timing):
                 yield from self._run_new([(k, t) for k, t in wanted.items() if k not in known])
 
+    def stored(self, keys: Sequence[str]) -> int:
+        """How many of the evaluations are there already."""
+        return len(self.store.evaluations(set(keys)))
+
     def _wait_for_timing(self) -> None:
         if self.stopped():
             raise Stopped

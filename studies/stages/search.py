@@ -47,13 +47,15 @@ class Candidate:
 class Progressed:
     """Where a search stands: `best` is the least full-slice loss within limits, None: none yet.
 
-    `is_new`: the trials were not stored before.
+    `is_new`: the trials were not stored before. `reused`: so many of them were evaluated already,
+    by earlier studies.
     """
 
     tokens: int
     evaluations: int
     best: float | None
     is_new: bool
+    reused: int
 
 
 @dataclass
@@ -98,6 +100,8 @@ class Search:
                 numbers: Sequence[int] = [row.number for row in known]
             else:
                 numbers = self.record(trials, solver.state())
+            keys = [trial.evaluation_key for trial in trials]
+            reused = 0 if known else self.runner.stored(keys)
             results = self._evaluate(trials)
             for number, proposal, result in zip(numbers, proposals, results, strict=True):
                 tokens += proposal.slice.windows * self.settings.window_tokens
@@ -108,7 +112,7 @@ class Search:
                         best = candidate.loss
             done += len(trials)
             solver.tell(results)
-            yield Progressed(tokens, done, best, is_new=not known)
+            yield Progressed(tokens, done, best, is_new=not known, reused=reused)
 
     def trial(self, proposal: Proposal) -> NewTrial:
         """A proposal as it is stored."""
