@@ -47,7 +47,7 @@ from apportion.spaces.compressors.compose import RANK_MULTIPLE
 from apportion.spaces.discovery import discover
 from apportion.spaces.space import DENSE, Entry, Space, build_space
 from apportion.studies.specification import load
-from apportion.studies.stages.profile import device_lock
+from apportion.workers.device_lock import processor_lock
 from apportion.workers.processes import THREAD_VARIABLES
 from apportion.workers.sources import open_model
 
@@ -127,7 +127,7 @@ def measure(name: str, request: str) -> Row:
     model, item = opened(name), REQUESTS[request]
     sample = {"input_ids": torch.arange(128)[None] % model.config.vocab_size}
     space, known = options_of(model, sample), dict[str, Stored]()
-    with device_lock().exclusive(lambda: None):
+    with processor_lock().exclusive(lambda: None):
         profile = measure_profile(
             model,
             space,

@@ -82,20 +82,20 @@ class Judging:
         return self._verdict(judged)
 
     def _uniforms(self) -> dict[str, Candidate]:
-        """uniform(o) without drops, whether or not the search scored it."""
+        """uniform(o) without drops; those that the search did not score are numbered below 0."""
         scored = {candidate.config: candidate for candidate in self.candidates}
         problem = self.prices.problem(self.context.spec.parsed_limits, {})
         return {
             option: scored.get(config)
             or Candidate(
-                -1,
+                -number,
                 config,
                 float("nan"),
                 self.prices.costs(config),
                 f"uniform:{option}",
                 problem.feasible(config),
             )
-            for option, config in self.prices.uniform.items()
+            for number, (option, config) in enumerate(self.prices.uniform.items(), 1)
         }
 
     def _held_out(
