@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apportion.spaces.artifact import Plan
 from apportion.spaces.bank import Bank
-from apportion.spaces.grammar import Option
-from apportion.spaces.sites import Site
-from apportion.spaces.space import Space
 from apportion.studies.cli.display import Display
 from apportion.studies.database.rows import Lease
 from apportion.studies.database.store import Store
