@@ -41,12 +41,15 @@ class Evaluation:
         weights: scored positions of each window, float64 [windows]; None after a failure.
         failure: why there is no loss, in one line, or None.
         seconds: wall time.
+        error_class: what kind of failure, or None: "raised" and "not finite" are the
+            configuration's; "timeout", "memory" and "died" are of this machine and run.
     """
 
     losses: NDArray[np.float64] | None
     weights: NDArray[np.float64] | None
     failure: str | None
     seconds: float
+    error_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Evaluator:
         if not (np.isfinite(losses).all() and np.isfinite(weights).all()):
             window = work.first_window + int(np.argmin(np.isfinite(losses + weights)))
             failure = f"the loss of window {window} is not finite"
-            return Evaluation(None, None, failure, seconds)
+            return Evaluation(None, None, failure, seconds, "not finite")
         return Evaluation(losses, weights, None, seconds)
 
     def check(self, part: Part = "search") -> float:

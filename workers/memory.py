@@ -1,12 +1,13 @@
 """What a worker needs in memory, and what is free."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
@@ -17,6 +18,10 @@ from apportion.workers.samples import windows_in
 
 # Logits of both models in float32, their logarithms, and one product of them.
 LOSS_COPIES = 4
+# The rest is for the system, the driver and Ray's own processes.
+WORKERS_SHARE = 0.9
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,36 @@ def available_bytes() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def share_bytes(workers: int) -> int:
+    """The most that one of so many workers may take for all to fit into this machine."""
+    return int(WORKERS_SHARE * total_bytes() / workers)
+
+
+def total_bytes(groups: Path = GROUPS, own: Path = OWN_GROUPS) -> int:
+    """Memory of this machine, or of the control group that this process may not exceed.
+
+    Args:
+        groups: where control groups are mounted.
+        own: the file that names those of this process.
+    """
+    return min([int(psutil.virtual_memory().total), *_group_limits(groups, own)])
+
+
+def _group_limits(groups: Path, own: Path) -> Iterator[int]:
+    """Limits of this process's group and of those it lies in, where there are any."""
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        # The second version of control groups has one tree, the first one for each controller.
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = groups / controllers / path.lstrip("/")
+        for folder in (group, *group.parents):
+            file = folder / name
+            if file.is_file() and (text := file.read_text().strip()).isdecimal():
+                yield int(text)
 
 
 @torch.inference_mode()

@@ -1,17 +1,20 @@
 """Pools: submit work, get a future. One thread of this process stands behind each worker."""
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Protocol
 
+from apportion.workers.bill import Bill
 from apportion.workers.evaluator import Evaluate, Evaluation
+from apportion.workers.patience import Patience
+from apportion.workers.slots import Slots, Worker
 
-__all__ = ["Evaluate", "Evaluation", "InProcessPool", "Pool", "Workers", "attempt"]
+__all__ = ["Evaluate", "Evaluation", "InProcessPool", "Overdue", "Pool", "attempt"]
 
-Worker = Callable[[Evaluate], Evaluation]
+Overdue = Callable[[Evaluate, float, float], None]
 ATTEMPTS = 2
 CLOSE_SECONDS = 2.0
 
@@ -20,13 +23,18 @@ class Pool(Protocol):
     """Where evaluations are done.
 
     `submit` never blocks. The future holds an `Evaluation` (with a failure where the work raised
-    twice), or an ApportionError where no worker can be kept alive.
+    twice, or was lost with its worker twice), or an ApportionError where no worker can be kept
+    alive.
 
     Attributes:
-        recoveries: evaluations redone because their worker died.
+        bill: seconds of the workers by outcome.
     """
 
-    recoveries: int
+    bill: Bill
+
+    @property
+    def recoveries(self) -> int:
+        """Executions that were lost with their worker."""
 
     def submit(self, work: Evaluate) -> "Future[Evaluation]": ...
 
@@ -34,69 +42,70 @@ class Pool(Protocol):
         """Cancel what has not begun, and end the workers. May be called again."""
 
 
-class Workers:
-    """One queue, and a thread for each worker that takes from it."""
-
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self._queue: queue.SimpleQueue[tuple[Evaluate, Future[Evaluation]] | None]
-        self._queue = queue.SimpleQueue()
-        # Daemons: an evaluation that still runs must not hold up the end of the process.
-        self._threads = [
-            threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in workers
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, work: Evaluate) -> "Future[Evaluation]":
-        """Queue work for the next free worker."""
-        future: Future[Evaluation] = Future()
-        self._queue.put((work, future))
-        return future
-
-    def cancel_waiting(self) -> None:
-        """Cancel what no worker has taken, and let each thread end after what it has."""
-        while not self._queue.empty():
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if item is not None:
-                item[1].cancel()
-        for _ in self._threads:
-            self._queue.put(None)
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the threads to end; whether all did."""
-        deadline = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
-
-    def _serve(self, worker: Worker) -> None:
-        while (item := self._queue.get()) is not None:
-            work, future = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(worker(work))
-            except BaseException as error:  # the future's owner must hear of it, or waits forever
-                future.set_exception(error)
-
-
 class InProcessPool:
-    """One evaluator, in this process."""
+    """One evaluator, in this process. It cannot end what hangs; it can tell of it."""
 
-    def __init__(self, evaluate: Worker) -> None:
-        """Takes an evaluator's `evaluate`."""
-        self.recoveries = 0
-        self._workers = Workers([lambda work: attempt(evaluate, work)])
+    def __init__(
+        self,
+        evaluate: Worker,
+        *,
+        patience: Patience | None = None,
+        on_overdue: Overdue | None = None,
+    ) -> None:
+        """Takes an evaluator's `evaluate`.
+
+        Args:
+            evaluate: does the work.
+            patience: gives the time limit of an evaluation.
+            on_overdue: is told once, in a thread of its own, of an evaluation beyond its limit:
+                the work, its seconds until now, and the limit in seconds.
+        """
+        self.bill = Bill()
+        self._evaluate = evaluate
+        self._patience = patience or Patience()
+        self._on_overdue = on_overdue
+        self._timer: threading.Timer | None = None
+        self._slots = Slots([self._run], self.bill)
+
+    @property
+    def recoveries(self) -> int:
+        """None: nothing is lost here that this process survives."""
+        return self.bill.recoveries
 
     def submit(self, work: Evaluate) -> "Future[Evaluation]":
-        return self._workers.submit(work)
+        """Queue work. Raises ApportionError after `close`."""
+        return self._slots.submit(work)
 
     def close(self) -> None:
-        self._workers.cancel_waiting()
-        self._workers.join(CLOSE_SECONDS)
+        """Cancel what has not begun, and wait a little for what has."""
+        self._slots.cancel_waiting()
+        self._slots.join(CLOSE_SECONDS)
+        if (timer := self._timer) is not None:
+            timer.cancel()
+            timer.join()
+
+    def _run(self, work: Evaluate) -> Evaluation:
+        begun = time.monotonic()
+        with self._told_if_overdue(work, begun):
+            result = attempt(self._evaluate, work)
+        if result.failure is None:
+            self._patience.learn(work.windows, time.monotonic() - begun)
+        return result
+
+    @contextmanager
+    def _told_if_overdue(self, work: Evaluate, begun: float) -> Iterator[None]:
+        if (tell := self._on_overdue) is None:
+            yield
+            return
+        limit = self._patience.limit_seconds(work.windows)
+        timer = threading.Timer(limit, lambda: tell(work, time.monotonic() - begun, limit))
+        timer.daemon = True
+        self._timer = timer
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def attempt(evaluate: Worker, work: Evaluate) -> Evaluation:
@@ -108,4 +117,4 @@ def attempt(evaluate: Worker, work: Evaluate) -> Evaluation:
             return evaluate(work)
         except Exception as error:  # models and losses are the user's: they raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return Evaluation(None, None, reason, time.perf_counter() - started)
+    return Evaluation(None, None, reason, time.perf_counter() - started, "raised")

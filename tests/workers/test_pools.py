@@ -1,7 +1,9 @@
 """The contract of pools, the same for each of them; and what only processes can do."""
 
 import os
+import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -10,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apportion.workers.evaluator import Evaluate
+from apportion.workers.evaluator import Evaluate, Evaluation
+from apportion.workers.patience import Patience
 from apportion.workers.pool import InProcessPool, Pool
 from apportion.workers.ray_pool import RayPool
 from apportion.workers.spec import WorkerSpec, build_evaluator
@@ -35,6 +38,10 @@ def loss(output, batch, reference):
         (here / "pid").write_text(str(os.getpid()))
         time.sleep(3600)
     windows = len(output.logits)
+    if (here / "slow").exists():
+        time.sleep(0.2)
+    if (here / "nan").exists():
+        return [float("nan")] * windows, [1.0] * windows
     return (output.logits - reference.logits).square().sum((-1, -2)), [1.0] * windows
 """
 
@@ -89,7 +96,33 @@ def test_raising_twice_is_a_failure(pool: Pool, steered: WorkerSpec) -> None:
     (folder_of(steered) / "raise").unlink()
     assert result.losses is None
     assert "ValueError: always" in str(result.failure)
+    assert result.error_class == "raised"
     assert pool.submit(WORK[0]).result(60).failure is None
+
+
+def test_loss_that_is_not_finite_is_a_failure(pool: Pool, steered: WorkerSpec) -> None:
+    (folder_of(steered) / "nan").touch()
+    result = pool.submit(WORK[0]).result(60)
+    (folder_of(steered) / "nan").unlink()
+    assert result.error_class == "not finite"
+    assert "is not finite" in str(result.failure)
+
+
+def test_bill_counts_what_was_done_and_what_failed(pool: Pool, steered: WorkerSpec) -> None:
+    """One work at a time: so its worker is busy from its submission to its result."""
+    (folder_of(steered) / "slow").touch()
+    before, busy = pool.bill.entries(), 0.0
+    wrong = Evaluate({"no.such.site": "drop"}, "search", 0, 4)
+    for work in (wrong, *WORK):
+        begun = time.monotonic()
+        result = pool.submit(work).result(60)
+        busy += time.monotonic() - begun
+        assert (result.error_class is None) == (work is not wrong)
+    (folder_of(steered) / "slow").unlink()
+    after = pool.bill.entries()
+    gained = {name: (n - before[name][0], s - before[name][1]) for name, (n, s) in after.items()}
+    assert (gained["done"][0], gained["failed"][0]) == (6, 1)
+    assert sum(seconds for _, seconds in gained.values()) == pytest.approx(busy, rel=0.02)
 
 
 def test_wrong_work_is_a_failure(pool: Pool) -> None:
@@ -103,12 +136,13 @@ def test_killed_worker_is_replaced_and_its_work_redone(pool: Pool, steered: Work
     folder = folder_of(steered)
     expected = pool.submit(WORK[1]).result(60)
     (folder / "hang").touch()
+    recoveries = pool.recoveries
     future = pool.submit(WORK[1])
     assert wait_for((folder / "pid").exists)
     wait_for(lambda: bool((folder / "pid").read_text()))
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
     np.testing.assert_array_equal(future.result(60).losses, expected.losses)
-    assert pool.recoveries == 1
+    assert pool.recoveries == recoveries + 1
 
 
 def test_workers_have_their_threads_and_no_checkout(pool: Pool, steered: WorkerSpec) -> None:
@@ -155,3 +189,47 @@ def test_close_cancels_what_waits_and_may_be_repeated(spec: WorkerSpec) -> None:
     assert first.done()
     with pytest.raises(CancelledError):
         second.result(1)
+
+
+def test_overdue_work_in_this_process_is_told_once() -> None:
+    told: queue.SimpleQueue[tuple[Evaluate, float, float]] = queue.SimpleQueue()
+    released = threading.Event()
+
+    def evaluate(work: Evaluate) -> Evaluation:
+        if work is WORK[0]:
+            released.wait(30)
+        return Evaluation(np.ones(8), np.ones(8), None, 0.0)
+
+    pool = InProcessPool(
+        evaluate,
+        patience=Patience(floor_seconds=0.2, first_seconds=0.2),
+        on_overdue=lambda *overdue: told.put(overdue),
+    )
+    assert pool.submit(WORK[1]).result(10).failure is None
+    hanging = pool.submit(WORK[0])
+    work, seconds, limit = told.get(timeout=10)
+    assert work is WORK[0]
+    assert limit == 0.2 <= seconds
+    released.set()
+    assert hanging.result(10).failure is None
+    pool.close()
+    assert told.empty()
+    assert pool.bill.entries()["done"][0] == 2
+
+
+def test_close_leaves_no_timer_of_work_that_hangs() -> None:
+    released, begun = threading.Event(), threading.Event()
+
+    def evaluate(work: Evaluate) -> Evaluation:
+        begun.set()
+        released.wait(30)
+        return Evaluation(np.ones(8), np.ones(8), None, 0.0)
+
+    pool = InProcessPool(evaluate, on_overdue=lambda *overdue: None)
+    pool.submit(WORK[0])
+    assert begun.wait(10)
+    assert any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    pool.close()
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    assert pool.bill.entries()["cancelled"][0] == 1
+    released.set()
