@@ -7,6 +7,7 @@ import numpy as np
 
 from apportion.errors import InvalidInput
 from apportion.search.ledger import Ledger
+from apportion.search.memory import Memory
 from apportion.search.problem import Problem
 from apportion.search.solver import Settings, Solver, Strategy, StrategySolver
 from apportion.search.solvers.evolutionary import evopress_strategy
@@ -18,20 +19,20 @@ from apportion.search.solvers.samplers import nsga2, sampler_strategy, tpe
 from apportion.search.solvers.uniform import uniform_strategy
 
 
-def _random(settings: Settings) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(settings.seed))
+def _memory(settings: Settings, answers: dict[str, Any]) -> Memory:
+    return Memory(answers, np.random.default_rng(np.random.SeedSequence(settings.seed)))
 
 
 SOLVERS: dict[str, Callable[[Problem, Settings, dict[str, Any]], Strategy]] = {
     "hybrid": lambda problem, settings, answers: Hybrid(
-        Ledger(problem, settings), problem, Exact(problem, answers), _random(settings)
+        Ledger(problem, settings), problem, Exact(problem, answers), _memory(settings, answers)
     ).strategy(),
     "ilp": lambda problem, settings, answers: ilp_strategy(
         Ledger(problem, settings), problem, Exact(problem, answers)
     ),
     "greedy": lambda problem, settings, _: greedy_strategy(Ledger(problem, settings), problem),
-    "evopress": lambda problem, settings, _: evopress_strategy(
-        Ledger(problem, settings), problem, _random(settings)
+    "evopress": lambda problem, settings, answers: evopress_strategy(
+        Ledger(problem, settings), problem, _memory(settings, answers)
     ),
     "optuna:nsga2": lambda problem, settings, _: sampler_strategy(
         Ledger(problem, settings), problem, settings.seed, nsga2, costs=True

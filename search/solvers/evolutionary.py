@@ -9,6 +9,7 @@ uniform configuration.
 import numpy as np
 
 from apportion.search.ledger import Ledger, Measuring
+from apportion.search.memory import Memory, applied, differences
 from apportion.search.moves import mutate, repair
 from apportion.search.problem import Config, Problem
 from apportion.search.solver import Proposal, SearchSlice, Settings, Strategy
@@ -54,9 +55,9 @@ def start(ledger: Ledger, problem: Problem) -> Config | None:
     return known if known is not None else repair(problem, problem.neutral_config)
 
 
-def evopress_strategy(ledger: Ledger, problem: Problem, rng: np.random.Generator) -> Strategy:
+def evopress_strategy(ledger: Ledger, problem: Problem, memory: Memory) -> Strategy:
     """Solver "evopress": ends with the first generation that does not fit in the budget."""
-    settings, full = ledger.settings, ledger.settings.full
+    settings, full, rng = ledger.settings, ledger.settings.full, memory.rng
     yield from uniform(ledger, problem, share=0.25, only_feasible=True)
     parent = start(ledger, problem)
     if parent is None:
@@ -64,7 +65,7 @@ def evopress_strategy(ledger: Ledger, problem: Problem, rng: np.random.Generator
     generation = idle = 0
     while ledger.affords(generation_windows(settings) + full.windows) and idle < IDLE:
         before, generation = ledger.spent, generation + 1
-        candidates = offspring(problem, parent, settings.offspring, rng)
+        candidates = _children(problem, parent, settings.offspring, memory, generation)
         for stage, (survivors, windows) in enumerate(stages(settings), 1):
             if stage == len(settings.survivors):
                 candidates = [*candidates, parent]
@@ -78,6 +79,16 @@ def evopress_strategy(ledger: Ledger, problem: Problem, rng: np.random.Generator
             yield from _check(ledger, parent, generation)
         idle = idle + 1 if ledger.spent == before else 0
     yield from _check(ledger, parent, generation)
+
+
+def _children(
+    problem: Problem, parent: Config, count: int, memory: Memory, generation: int
+) -> list[Config]:
+    found = memory.recall(
+        f"evopress:g{generation}",
+        lambda: differences(parent, offspring(problem, parent, count, memory.rng)),
+    )
+    return [applied(parent, difference) for difference in found]
 
 
 def _check(ledger: Ledger, parent: Config, generation: int) -> Measuring:

@@ -6,15 +6,14 @@ posterior, and mutations of the best configuration that the table favours join t
 raced: all on a prefix of the full slice, the best few on the whole of it.
 """
 
-import numpy as np
-
 from apportion.search.ledger import Ledger, Measuring
+from apportion.search.memory import Difference, Memory, applied, differences
 from apportion.search.moves import mutate
 from apportion.search.problem import Config, Floats, Problem
 from apportion.search.solver import Proposal, Strategy
 from apportion.search.solvers.evolutionary import start
 from apportion.search.solvers.exact import Exact
-from apportion.search.solvers.ladder import GAP, Rungs, climb, diverse, rungs
+from apportion.search.solvers.ladder import GAP, Rung, climb, diverse, rungs
 from apportion.search.solvers.score import score
 from apportion.search.solvers.uniform import short_slice, uniform
 from apportion.search.surrogate import Surrogate, observations
@@ -31,16 +30,16 @@ IDLE = 5  # batches with nothing new, before the search ends
 class Hybrid:
     """The parts of solver "hybrid" over one ledger."""
 
-    def __init__(
-        self, ledger: Ledger, problem: Problem, exact: Exact, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, ledger: Ledger, problem: Problem, exact: Exact, memory: Memory) -> None:
         """`problem` may still lack its loss table."""
         self.ledger = ledger
         self.problem = problem
         self.exact = exact
-        self.rng = rng
+        self.memory = memory
         self.short = short_slice(ledger.settings)
         self.batch = ledger.settings.offspring
+        self.rungs: list[Rung] = []
+        self.climbed = 0
 
     def strategy(self) -> Strategy:
         """Table, baselines, exact answers, half of the front, search, the other half."""
@@ -52,22 +51,28 @@ class Hybrid:
             yield from ledger.measure([Proposal(optimum, full, "ilp")])
         yield from uniform(ledger, self.problem, BASELINES)
         reserve = int(FRONT * (ledger.settings.tokens - ledger.spent))
-        rung = rungs(self.problem)
+        self.rungs = list(rungs(self.problem))
         if optimum is not None:
             near = diverse(self.exact, self.problem.additive, NEAR, [optimum])
             yield from ledger.measure([Proposal(c, full, "ilp:near") for c in near])
-        yield from self._front(rung, ledger.spent + reserve // 2)
+        yield from self._front(ledger.spent + reserve // 2)
         if start(ledger, self.problem) is not None:
             yield from self._search(ledger.settings.tokens - (reserve - reserve // 2))
-        yield from self._front(rung, ledger.settings.tokens)
+        yield from self._front(ledger.settings.tokens)
 
-    def _front(self, rung: Rungs, until: int) -> Measuring:
+    def _front(self, until: int) -> Measuring:
         full, ledger = self.ledger.settings.full, self.ledger
         while ledger.spent + ledger.price(full.windows) <= until:
-            step = climb(self.exact, self._corrected().mean_table(), rung, 1)
+            step, self.climbed = self.memory.recall(f"hybrid:front:{self.climbed}", self._climb)
             if not step:
                 return
-            yield from ledger.measure([Proposal(c, full, name) for name, c in step], until)
+            yield from ledger.measure([Proposal(tuple(c), full, n) for n, c in step], until)
+
+    def _climb(self) -> tuple[list[tuple[str, Config]], int]:
+        """The next rung that can be solved, and how many are climbed then."""
+        left = iter(self.rungs[self.climbed :])
+        step = climb(self.exact, self._corrected().mean_table(), left, 1)
+        return step, len(self.rungs) - len(list(left))
 
     def _corrected(self) -> Surrogate:
         """The table as corrected by all that was measured so far."""
@@ -90,8 +95,18 @@ class Hybrid:
 
     def _candidates(self, number: int) -> dict[Config, str]:
         """New feasible configurations with their origins: exact answers, then mutations."""
-        model, found = self._corrected(), dict[Config, str]()
-        tables = [model.mean_table(), *(model.sampled_table(self.rng) for _ in range(DRAWN))]
+        neutral = self.problem.neutral_config
+
+        def compute() -> list[tuple[str, Difference]]:
+            found = self._proposed(number)
+            return list(zip(found.values(), differences(neutral, list(found)), strict=True))
+
+        named = self.memory.recall(f"hybrid:b{number}", compute)
+        return {applied(neutral, difference): origin for origin, difference in named}
+
+    def _proposed(self, number: int) -> dict[Config, str]:
+        model, found, rng = self._corrected(), dict[Config, str](), self.memory.rng
+        tables = [model.mean_table(), *(model.sampled_table(rng) for _ in range(DRAWN))]
         for draw, table in enumerate(tables):
             config = self.exact.solve(table, gap=GAP)
             if config is not None and not self._seen(config):
@@ -106,7 +121,7 @@ class Hybrid:
         if parent is None:
             return []
         for _ in range(MUTANTS):
-            child = mutate(self.problem, parent, self.rng)
+            child = mutate(self.problem, parent, self.memory.rng)
             if child is not None and not self._seen(child):
                 drawn.setdefault(child, self.problem.summed(table, child))
         return sorted(drawn, key=drawn.__getitem__)[:count]

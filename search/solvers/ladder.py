@@ -9,7 +9,7 @@ from apportion.search.solvers.exact import Exact
 from apportion.search.solvers.score import score
 from apportion.search.solvers.uniform import uniform
 
-Rungs = Iterator[tuple[str, Mapping[str, float]]]
+Rung = tuple[str, Mapping[str, float]]
 
 LOOSEST, TIGHTEST = 4.0, 0.6  # factors on the limits
 RUNGS = 16
@@ -24,7 +24,7 @@ def targets(problem: Problem) -> dict[str, float]:
     return {kind: problem.total(kind, problem.neutral_config) for kind in problem.cost}
 
 
-def rungs(problem: Problem) -> Rungs:
+def rungs(problem: Problem) -> Iterator[Rung]:
     """(name, limits), coarse steps first: all limits scaled together, then each kind alone."""
     goal = targets(problem)
     dense = {kind: problem.total(kind, problem.neutral_config) for kind in goal}
@@ -61,7 +61,9 @@ def diverse(
         yield config
 
 
-def climb(exact: Exact, table: Floats, rung: Rungs, count: int) -> list[tuple[str, Config]]:
+def climb(
+    exact: Exact, table: Floats, rung: Iterator[Rung], count: int
+) -> list[tuple[str, Config]]:
     """The next `count` feasible rungs, solved on `table`."""
     found: list[tuple[str, Config]] = []
     for name, limits in rung:
