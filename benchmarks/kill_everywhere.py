@@ -21,6 +21,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -34,7 +35,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from apportion.cost_models.fingerprint import fingerprint
 from apportion.hashing import content_hash
 from apportion.studies import driver, preparation  # noqa: F401 (before the first fork)
-from apportion.studies.database.engine import BEGIN
+from apportion.studies.database.sqlite import BEGIN
 from apportion.studies.database.store import Store
 from apportion.studies.study import Study, list_studies
 from apportion.workers.evaluator import Evaluator
@@ -75,17 +76,16 @@ def path_of(home: Path) -> dict[str, Any]:
 def at_commits(before: Callable[[int], None], after: Callable[[int], None]) -> None:
     """Tell of the writing commits of this process, by number, before and after each."""
     count = 0
-    writing = False
+    this_thread = threading.local()  # the lease is kept by another
     commit = DefaultDialect.do_commit
 
     @event.listens_for(Engine, "commit")
     def notice(connection: Connection) -> None:
-        nonlocal writing
-        writing = connection.get_execution_options().get(BEGIN) == "BEGIN IMMEDIATE"
+        this_thread.writing = connection.get_execution_options().get(BEGIN) == "BEGIN IMMEDIATE"
 
     def counted(dialect: DefaultDialect, connection: Any) -> None:
-        nonlocal count, writing
-        ours, writing = writing, False
+        nonlocal count
+        ours, this_thread.writing = getattr(this_thread, "writing", False), False
         count += ours
         if ours:
             before(count)

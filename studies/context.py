@@ -20,6 +20,7 @@ from apportion.studies.database.store import Store
 from apportion.studies.evaluations import Naming, Stopped
 from apportion.studies.home import Home
 from apportion.studies.specification import StudySpec
+from apportion.workers.pool import Evaluate, Pool
 from apportion.workers.samples import PARTS, Part, Samples
 from apportion.workers.sources import OpenedModel
 from apportion.workers.spec import Setting, WorkerSpec, open_setting
@@ -57,6 +58,8 @@ class Context:
         lease: the right to write to it.
         stop: set when the user asked to stop.
         workers: processes that evaluate; 1: this one.
+        first_round: of the specification, which a resume may have changed.
+        change: what of it this run changes; None: nothing, or it is stored.
         progress: what `status` tells of a search: tokens, best, recoveries.
     """
 
@@ -68,8 +71,11 @@ class Context:
     display: Display
     stop: Event
     workers: int = 1
+    first_round: int = 0
+    change: dict[str, Any] | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     _samples: dict[Part, Samples] = field(default_factory=dict)
+    _billed: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     @cached_property
     def setting(self) -> Setting:
@@ -124,9 +130,36 @@ class Context:
             bank=bank,
         )
 
-    def say(self, state: str, stage: str) -> None:
-        """Tell the database what the study is at."""
+    def say(self, state: str, stage: str, pool: Pool | None = None) -> None:
+        """Tell the database what the study is at, and what its workers have done."""
         self.store.set_state(self.lease, state, stage, json.dumps(self.progress))
+        if pool is not None:
+            self.record_bill(pool)
+
+    def record_bill(self, pool: Pool) -> None:
+        """Store what the workers of this lease have done."""
+        entries = {o: entry for o, entry in pool.bill.entries().items() if entry[0]}
+        if entries != self._billed:
+            self.store.record_bill(self.lease, entries)
+            self._billed = entries
+
+    def tell_overdue(self, work: Evaluate, seconds: float, limit: float) -> None:
+        """An evaluation of this process hangs, which nothing can end but its user."""
+        self.display.warning(
+            f"an evaluation of {work.windows} windows has been running for {seconds:.0f} s, longer "
+            f"than its like ({limit:.0f} s at most); if it hangs, Ctrl-C and resume with "
+            "--workers 2: a worker of its own can be ended"
+        )
+
+    def record_change(self) -> None:
+        """Store what this run was asked to change, once it is known to be possible."""
+        if self.change is not None:
+            self.store.record_change(self.lease, self.first_round, self.change)
+            self.change = None
+
+    def report(self) -> Output | None:
+        """What the study has come to; None: it is not at its end."""
+        return self.store.stage_output(self.study_id, "report", self.first_round)
 
     def stage(self, name: str, compute: Callable[[], Output], round: int = 0) -> Output:
         """A stage's stored output, or that of running it now.

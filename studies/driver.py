@@ -5,7 +5,6 @@ are read, the search is replayed from its stored trials, and only what was in fl
 """
 
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,46 +17,18 @@ from apportion.search.solver import Settings
 from apportion.search.solvers.exact import infeasibility
 from apportion.studies.cli.reports import spent
 from apportion.studies.context import Context, Output, worker_spec
-from apportion.studies.database.rows import Lease, LeaseLost, NewTrial
-from apportion.studies.database.store import Store
+from apportion.studies.database.rows import NewTrial
 from apportion.studies.evaluations import Runner
 from apportion.studies.judging import Judging
 from apportion.studies.pricing import Prices
+from apportion.studies.spool import Spool
 from apportion.studies.stages import compress, discover, profile
 from apportion.studies.stages.search import Candidate, Progressed, Search, check_limits
 from apportion.workers.pool import InProcessPool, Pool
 from apportion.workers.ray_pool import RayPool
 from apportion.workers.spec import build_evaluator
 
-LEASE_SECONDS = 30.0
 MOST_ROUNDS = 3
-
-
-@contextmanager
-def leased(store: Store, study_id: int) -> Iterator[Lease]:
-    """Hold a study while the block runs, renewing the lease from a thread.
-
-    Raises:
-        InvalidInput: another process runs the study; names it.
-    """
-    lease = store.acquire(study_id, LEASE_SECONDS)
-    ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.wait(LEASE_SECONDS / 3):
-            try:
-                store.renew(lease)
-            except LeaseLost:
-                return  # the next write of the driver raises it where it is seen
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield lease
-    finally:
-        ended.set()
-        thread.join()
-        store.release(lease)
 
 
 def drive(context: Context) -> None:
@@ -72,8 +43,9 @@ def drive(context: Context) -> None:
     profiled = context.stage("profile", lambda: profile.run(context))
     prices = profile.prices(context, profiled)
     _refuse_impossible(context, prices)
+    context.record_change()
     compressed = context.stage("compress", lambda: compress.run(context, prices.space))
-    if context.store.stage_output(context.study_id, "report") is None:
+    if context.report() is None:
         _rounds(context, prices, profiled, compressed["index"])
     context.say("done", "")
 
@@ -99,8 +71,10 @@ def _rounds(
     tightening: dict[str, float] = {}
     candidates: list[Candidate] = []
     with _pool(context, index) as pool:
-        runner = Runner(context.store, pool, context.stop.is_set)
-        for round in range(MOST_ROUNDS):
+        spool = Spool(context.home.spool(context.spec.study.name))
+        runner = Runner(context.store, context.lease, pool, spool, context.stop.is_set)
+        runner.drain()
+        for round in range(context.first_round, context.first_round + MOST_ROUNDS):
             problem = prices.problem(context.spec.parsed_limits, tightening)
             # Where nothing is left below the tightened limit, the last candidates are all there is.
             exhausted = bool(candidates) and infeasibility(problem) is not None
@@ -114,11 +88,13 @@ def _rounds(
                 runner,
                 candidates,
                 index_file=_index_file(context, index),
-                final=exhausted or round == MOST_ROUNDS - 1,
+                final=exhausted or round == context.first_round + MOST_ROUNDS - 1,
             )
             judged = context.stage("confirm", judging.run, round)
             if not judged["broken"]:
-                context.store.record_stage(context.lease, "report", 0, judged, 0.0)
+                context.store.record_stage(
+                    context.lease, "report", context.first_round, judged, 0.0
+                )
                 return
             for kind, excess in judged["broken"].items():
                 tightening[kind] = tightening.get(kind, 1.0) / excess
@@ -139,7 +115,7 @@ def _search_round(
     """The candidates of a round: from the stage's output, or by running the solver."""
     search = _search(context, prices, problem, runner, index, round)
     trials = [t for t in context.store.trials(context.study_id, round) if t.part == "search"]
-    state = context.store.solver_state(context.study_id, round)
+    state = context.store.solver_answers(context.study_id, round)
     found: list[Candidate] = []
 
     def run() -> Output:
@@ -149,10 +125,9 @@ def _search_round(
                 told = _told(progress, search.settings.tokens, unit)
                 bar.update(progress.tokens, search.settings.tokens, told)
                 context.progress |= {"tokens": progress.tokens, "best": progress.best}
-                context.progress |= {"recoveries": runner.pool.recoveries}
                 context.progress["cached"] = context.progress.get("cached", 0) + progress.reused
                 if progress.is_new:
-                    context.say("running", "search")
+                    context.say("running", "search", pool=runner.pool)
             bar.end(told)
         return {"candidates": [_candidate_json(c) for c in found]}
 
@@ -193,8 +168,19 @@ def _search(
         stage_windows=tuple(min(stage, windows) for stage in search.stages),
     )
 
+    answered = set(context.store.solver_answers(context.study_id, round))
+    next_number = context.store.trial_count(context.study_id)
+    layout = prices.layout
+
     def record(trials: list[NewTrial], state: Mapping[str, Any]) -> Sequence[int]:
-        return context.store.record_proposals(context.lease, round, trials, state)
+        nonlocal next_number
+        new = {question: state[question] for question in state.keys() - answered}
+        numbers = context.store.record_proposals(
+            context.lease, round, next_number, layout, trials, new
+        )
+        next_number = numbers.stop
+        answered.update(new)
+        return numbers
 
     naming = context.naming(index)
     return Search(prices, problem, settings, search.solver, naming, runner, record)
@@ -208,13 +194,14 @@ def _pool(context: Context, index: dict[str, dict[str, str]]) -> Iterator[Pool]:
     if context.workers == 1:
         evaluator = build_evaluator(spec)
         evaluator.check()
-        pool = InProcessPool(evaluator.evaluate)
+        pool = InProcessPool(evaluator.evaluate, on_overdue=context.tell_overdue)
     else:
         pool = RayPool(spec, context.workers)
     try:
         yield pool
     finally:
         pool.close()
+        context.record_bill(pool)
 
 
 def _index_file(context: Context, index: dict[str, dict[str, str]]) -> Path:

@@ -31,7 +31,9 @@ class Home:
         """`home`, else the variable APPORTION_HOME, else the user's data folder."""
         options: tuple[str, ...] = () if home is None else ("--home", str(home))
         if database is not None:
-            options += ("--database", database)
+            from apportion.studies.database.location import without_password
+
+            options += ("--database", without_password(database))
         chosen = home or os.environ.get(VARIABLE) or platformdirs.user_data_path("apportion", False)
         return cls(Path(chosen).expanduser().absolute(), database, options)
 
@@ -49,6 +51,10 @@ class Home:
     def cache(self) -> Path:
         """What can be made again; deletable."""
         return self.path / "cache"
+
+    def spool(self, study: str) -> Path:
+        """Results of a study that wait for its database."""
+        return self.path / "spool" / study
 
     def log(self, study: str = "apportion") -> Path:
         """The log file of a study, or of what belongs to none."""

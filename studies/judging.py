@@ -110,6 +110,7 @@ class Judging:
             key = naming.key(configuration, PART, 0, windows)
             keys[key] = candidate.config
             work.append((key, Evaluate(configuration, PART, 0, windows)))
+        self.context.store.use_evaluations(self.context.lease, keys)
         found = {}
         for done, (key, evaluation) in enumerate(self.runner.run(work), 1):
             found[keys[key]] = evaluation

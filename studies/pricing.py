@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from apportion.cost_models.table import CostTable, guarded_limit, guarded_rows
 from apportion.errors import InvalidInput
 from apportion.search.problem import Config, Problem
 from apportion.spaces.space import DENSE, DROP, Space
+from apportion.studies.database.rows import Layout
 from apportion.studies.limits import Limit
 
 Rows = NDArray[np.float64]
@@ -73,6 +75,13 @@ class Prices:
             ]
             found[WORST] = max(shares)
         return found
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How trials of this space are stored."""
+        sites = zip(self.space.names, self.space.texts, strict=True)
+        neutral = (0,) * len(self.space.sites)
+        return Layout(dict(sites), tuple(self.costs(neutral)))
 
     def unit(self, option: str) -> Config:
         """The uniform configuration that a limit is measured in. Raises InvalidInput."""

@@ -1,29 +1,41 @@
 """A study as a user holds it: submit, resume, look at its front, export. Imports nothing heavy."""
 
 import datetime
-import errno
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from apportion.errors import ApportionError, InvalidInput
+from apportion.errors import InvalidInput
+from apportion.studies.changes import (
+    LIMITS,
+    TOKENS,
+    WORKERS,
+    changed,
+    changes_search,
+    differing,
+    first_round,
+    in_force,
+    told,
+)
 from apportion.studies.cli import reports
 from apportion.studies.cli.display import Display, QuietDisplay
 from apportion.studies.cli.records import CheckReport, Report, SiteRow, Status, StudyRow
+from apportion.studies.database.rows import Change
 from apportion.studies.database.rows import StudyRow as StoredStudy
+from apportion.studies.database.shared import OF_WORKERS
 from apportion.studies.database.store import Store
+from apportion.studies.holding import NOW
 from apportion.studies.home import Home
+from apportion.studies.running import Run, message_of
 from apportion.studies.specification import StudySpec, difference, load
 
 if TYPE_CHECKING:
     from apportion.workers.spec import Setting
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 FINISHED, RUNNING = "finished", "running"
+WASTED = (*OF_WORKERS, "cancelled")
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,9 @@ class Study:
     def __init__(self, home: Home, store: Store, row: StoredStudy) -> None:
         self.home = home
         self.name = row.name
-        self.spec = StudySpec(**row.specification)
         self._store = store
         self._id = row.id
+        self.spec = in_force(StudySpec(**row.specification), self.changes())
 
     @classmethod
     def submit(
@@ -81,9 +93,46 @@ class Study:
             InvalidInput: something is wrong with the specification, the model or the data, or the
                 name stands for another specification.
         """
-        spec = spec.absolute(Path.cwd()) if isinstance(spec, StudySpec) else load(spec)
         display = display or QuietDisplay()
-        place = _home(home, database)
+        study, setting = cls._create(spec, _home(home, database), workers, display)
+        if setting is not None:
+            study._run(Run(workers, display, stop or Event(), setting=setting))
+        return study
+
+    @classmethod
+    def submit_detached(
+        cls,
+        spec: StudySpec | str | Path,
+        *,
+        home: Home | str | Path | None = None,
+        database: str | None = None,
+        workers: int = 1,
+        display: Display | None = None,
+    ) -> "Study | None":
+        """Have a study run by a process of its own, which goes on when this one ends.
+
+        Returns:
+            The study; None: it was there already, and nothing was started.
+
+        Raises:
+            InvalidInput: like `submit`.
+            ApportionError: the process did not start; what it said is in the message.
+        """
+        from apportion.studies.detached import launch
+
+        display = display or QuietDisplay()
+        study, setting = cls._create(spec, _home(home, database), workers, display)
+        if setting is None:
+            return None
+        launch(study.home, study._store, study.name, workers)
+        return study
+
+    @classmethod
+    def _create(
+        cls, spec: StudySpec | str | Path, place: Home, workers: int, display: Display
+    ) -> "tuple[Study, Setting | None]":
+        """A new study with what was opened to check it; with None: it was there already."""
+        spec = spec.absolute(Path.cwd()) if isinstance(spec, StudySpec) else load(spec)
         place.create()
         store = Store.open(place.database)
         row = store.find_study(spec.study.name)
@@ -94,14 +143,12 @@ class Study:
             display.line(f" study {spec.study.name} is {state} already; nothing was started")
             if state not in (FINISHED, RUNNING):
                 display.line(f" to go on: {place.command(f'resume {spec.study.name}')}")
-            return study
+            return study, None
         from apportion.studies.preparation import prepare
 
         setting = prepare(spec, place, workers, display)
         row = store.create_study(spec.study.name, spec.to_json(), spec.spec_hash)
-        study = cls(place, store, row)
-        study._run(workers, display, stop or Event(), setting)
-        return study
+        return cls(place, store, row), setting
 
     @classmethod
     def open(
@@ -123,86 +170,73 @@ class Study:
         return cls(place, store, row)
 
     def resume(
-        self, workers: int | None = None, display: Display | None = None, stop: Event | None = None
+        self,
+        workers: int | None = None,
+        display: Display | None = None,
+        stop: Event | None = None,
+        *,
+        limits: Mapping[str, str] | None = None,
+        tokens: int | None = None,
+        take_over: bool = False,
     ) -> None:
         """Continue where the study stands; nothing that is stored is done again.
+
+        Other limits or tokens begin a new round of the search, also of a finished study; what was
+        evaluated before is reused. Changes are recorded with the study.
 
         Args:
             workers: evaluations at a time; None: as many as before.
             display: told what happens.
             stop: set it to stop: what runs ends and is stored.
+            limits: kind -> limit, in place of what the study file says, or beside it.
+            tokens: the budget of the search, in place of what the study file says.
+            take_over: from a process that still holds it; that one writes nothing any more.
 
         Raises:
-            InvalidInput: another process runs it, or its model, data or code have changed.
+            InvalidInput: another process runs it, its model, data or code have changed, or what is
+                changed cannot be.
         """
         display = display or QuietDisplay()
         status = self.status()
-        if status["state"] == FINISHED:
+        asked = {LIMITS: limits or {}, TOKENS: tokens, WORKERS: workers}
+        change = differing(self.spec, status["workers"], asked)
+        if status["state"] == FINISHED and not changes_search(change):
             display.line(f" study {self.name} is finished; nothing is left to do")
             return
-        if status["state"] != RUNNING:
+        if change:
+            display.line(f" changed   {told(change)}")
+        elif status["state"] != RUNNING:
             stage = status["stage"] or "its beginning"
             display.line(f" resuming at {stage}, {reports.tokens(status)}")
-        self._run(workers or status["workers"], display, stop or Event(), None)
+        workers = workers or status["workers"]
+        run = Run(workers, display, stop or Event(), change=change, take_over=take_over)
+        self._run(run, changed(self.spec, change))
 
-    def _run(self, workers: int, display: Display, stop: Event, setting: "Setting | None") -> None:
-        from apportion.studies.context import Context
-        from apportion.studies.driver import drive, leased
-        from apportion.studies.evaluations import Stopped
-        from apportion.studies.stages.discover import Changed
+    def _run(self, run: Run, spec: StudySpec | None = None) -> None:
+        from apportion.studies.running import run_study
 
-        self.home.create()
-        with leased(self._store, self._id) as lease:
-            context = Context(
-                self.spec, self.home, self._store, self._id, lease, display, stop, workers
-            )
-            context.progress |= _message(self._row()) | {"workers": workers}
-            if setting is not None:
-                context.take(setting)
-            self._header(display, context)
-            try:
-                drive(context)
-            except Stopped:
-                context.say("stopped", self._row().stage)
-            except Changed:
-                context.say("stopped", self._row().stage)
-                raise
-            except InvalidInput:
-                # Nothing was evaluated yet: a corrected study file may take the same name.
-                if not self._store.forget(lease):
-                    context.say("failed", self._row().stage)
-                raise
-            except BrokenPipeError:
-                # Who read the output left; the study itself has nothing wrong.
-                context.say("stopped", self._row().stage)
-                raise
-            except OSError as error:
-                if error.errno not in NO_SPACE:
-                    context.say("failed", self._row().stage)
-                    raise
-                raise ApportionError(
-                    f"{self.home.path}: the disk is full; free some space, then resume"
-                ) from error
-            except Exception:
-                context.say("failed", self._row().stage)
-                raise
+        run_study(self.home, self._store, self._id, spec or self.spec, run)
+        self.spec = in_force(StudySpec(**self._row().specification), self.changes())
 
-    def _header(self, display: Display, context: Any) -> None:
-        from apportion import __version__
+    def changes(self) -> list[Change]:
+        """What was changed of the specification since the study was submitted, in order."""
+        return self._store.changes(self._id)
 
-        parameters = sum(p.numel() for p in context.model.parameters()) / 1e6
-        blocks = len(context.setting.blocks)
-        devices = ", ".join(
-            f"{name}: {device.kind}" + (f", {device.threads} threads" if device.threads else "")
-            for name, device in self.spec.devices.items()
-        )
-        display.header(
-            f"apportion {__version__} · study {self.name} · model {parameters:.1f} M parameters, "
-            f"{blocks} blocks · {devices} · home {self.home.shown}"
-        )
+    def stop(self, now: bool = False) -> None:
+        """Ask the process that runs the study to stop: what runs ends and is stored.
+
+        Args:
+            now: what runs is given up.
+
+        Raises:
+            InvalidInput: no process runs it.
+        """
+        if not self._row().is_owned:
+            raise InvalidInput(f'study "{self.name}" is not being run')
+        self._store.ask_to_stop(self._id, NOW if now else "gently")
 
     def _refuse_another(self, spec: StudySpec) -> None:
-        found = difference(self.spec, spec)
+        found = difference(StudySpec(**self._row().specification), spec)
         if found:
             changes = "; ".join(found)
             raise InvalidInput(
@@ -219,12 +253,16 @@ class Study:
     def status(self) -> Status:
         """How far the study is."""
         row = self._row()
-        message = _message(row)
+        message = message_of(row)
+        bill = self._store.bill(self._id)
         return Status(
             **study_row(self._store, row),
             loss=loss_name(self.spec),
             workers=int(message.get("workers", 1)),
-            recoveries=int(message.get("recoveries", 0)),
+            recoveries=sum(bill[outcome][0] for outcome in OF_WORKERS if outcome in bill),
+            wasted_seconds=sum(bill[outcome][1] for outcome in WASTED if outcome in bill),
+            bill={outcome: {"executions": n, "seconds": s} for outcome, (n, s) in bill.items()},
+            changes=[told(change.values) for change in self.changes()],
             cached=int(message.get("cached", 0)),
             seconds_left=None,
         )
@@ -249,7 +287,8 @@ class Study:
         )
 
     def _report(self) -> dict[str, Any]:
-        report = self._store.stage_output(self._id, "report")
+        last = first_round(self.changes())
+        report = self._store.stage_output(self._id, "report", last)
         if report is None:
             status = self.status()
             raise InvalidInput(
@@ -291,7 +330,8 @@ class Study:
         """
         from apportion.studies.stages.export import export
 
-        return export(self.spec, self.home, self._store, self._id, Path(folder), trial)
+        report = self._report()
+        return export(self.spec, self.home, self._store, self._id, report, Path(folder), trial)
 
 
 def list_studies(
@@ -324,8 +364,8 @@ def sites(source: str | StudySpec) -> list[SiteRow]:
 
 def study_row(store: Store, row: StoredStudy) -> StudyRow:
     """A stored study as `list` prints it."""
-    spec = StudySpec(**row.specification)
-    message = _message(row)
+    spec = in_force(StudySpec(**row.specification), store.changes(row.id))
+    message = message_of(row)
     state = {"done": FINISHED, "failed": "failed"}.get(row.state, "interrupted")
     if row.state == RUNNING and row.is_owned:
         state = RUNNING
@@ -347,13 +387,6 @@ def loss_name(spec: StudySpec) -> str:
     """The objective as tables name it."""
     names = {"kl": "KL", "perplexity": "perplexity", "accuracy": "error rate"}
     return names.get(spec.objective.loss, "loss")
-
-
-def _message(row: StoredStudy) -> dict[str, Any]:
-    with suppress(ValueError):
-        value = json.loads(row.message)
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 def _home(home: Home | str | Path | None, database: str | None) -> Home:

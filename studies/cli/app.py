@@ -10,7 +10,7 @@ import typer.main
 
 from apportion import __version__
 from apportion.errors import ApportionError, InvalidInput
-from apportion.studies.cli import artifacts, beginning, looking, running
+from apportion.studies.cli import artifacts, beginning, looking, running, upkeep
 from apportion.studies.cli.failures import INTERRUPTED, fail, reader_left, refuse
 from apportion.studies.cli.session import Session
 from apportion.studies.home import Home
@@ -26,11 +26,13 @@ app = typer.Typer(
 # not done by decorators: the commands' files must not import this one
 for command in (
     *(beginning.init, beginning.sites, beginning.check),
-    *(running.submit, running.resume),
+    *(running.submit, running.resume, running.stop),
     *(looking.status, looking.list_, looking.show),
     *(artifacts.export, artifacts.verify),
+    *(upkeep.delete, upkeep.gc),
 ):
     app.command(command.__name__.rstrip("_"))(command)
+app.add_typer(upkeep.db)
 
 
 def _print_version(wanted: bool) -> None:

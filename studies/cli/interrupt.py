@@ -25,6 +25,8 @@ def interruptible(
     told: list[threading.Thread] = []
 
     def first(signum: int, frame: FrameType | None) -> None:
+        if stop.is_set():  # it was asked from outside to stop: this is the second time
+            at_once(signum, frame)
         stop.set()
         signal.signal(signal.SIGINT, at_once)
         signal.setitimer(signal.ITIMER_REAL, grace_s)

@@ -70,6 +70,13 @@ class StudyRow(TypedDict):
     """ISO 8601."""
 
 
+class BillEntry(TypedDict):
+    """Evaluations of one outcome."""
+
+    executions: int
+    seconds: float
+
+
 class Status(StudyRow):
     """How far one study is (`status`)."""
 
@@ -77,6 +84,13 @@ class Status(StudyRow):
     """Name of the objective: "KL"."""
     workers: int
     recoveries: int
+    """Evaluations redone or given up because their worker hung, ate the memory or died."""
+    wasted_seconds: float
+    """Of workers, on evaluations that gave no result."""
+    bill: dict[str, BillEntry]
+    """What came of the workers' evaluations -> how many, and their seconds."""
+    changes: list[str]
+    """What `resume` has changed of the study file."""
     cached: int
     """Evaluations that earlier studies had done."""
     seconds_left: float | None
@@ -156,3 +170,38 @@ class Verification(TypedDict):
     latency_ms: dict[str, Latency]
     reason: NotRequired[str]
     """What is wrong where `ok` is false."""
+
+
+class Amount(TypedDict):
+    """Rows or files of one kind."""
+
+    count: int
+    bytes: int
+    """Of files their sizes, of rows the lengths of their values."""
+
+
+class Removal(TypedDict):
+    """What was removed for good (`delete`, `gc`)."""
+
+    study: str | None
+    """The deleted study; null: what no study needs was collected."""
+    dry_run: bool
+    """Nothing was removed: this is what would be."""
+    removed: dict[str, Amount]
+    """Kind -> how much; kinds of which there was nothing are left out."""
+    bytes: int
+    compacted: int | None
+    """Bytes by which the database's file became shorter; null: it was not compacted."""
+    left: list[str]
+    """What was left alone, and why."""
+
+
+class DatabaseCheck(TypedDict):
+    """Whether a database and its bank are whole (`db check`)."""
+
+    studies: int
+    trials: int
+    evaluations: int
+    entries: int
+    """Of the bank, named by studies and whole."""
+    problems: list[str]

@@ -120,7 +120,9 @@ def status_line(status: Status) -> str:
         *(f"{count} {word}{'' if count == 1 else 's'}" for word, count in counts.items()),
     ]
     if status["recoveries"]:
-        words.append(f"{status['recoveries']} recover{'y' if status['recoveries'] == 1 else 'ies'}")
+        many = f"{status['recoveries']} recover{'y' if status['recoveries'] == 1 else 'ies'}"
+        words.append(f"{many} ({duration(status['wasted_seconds'])} of workers wasted)")
+    words += [f"changed: {change}" for change in status["changes"]]
     if status["cached"]:
         words.append(f"{status['cached']} served from earlier studies")
     if status["seconds_left"] is not None:

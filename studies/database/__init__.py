@@ -1,8 +1,11 @@
 """Where studies are remembered: the only door to SQL."""
 
+from apportion.studies.database.engine import DatabaseAway
 from apportion.studies.database.owners import Owner
 from apportion.studies.database.rows import (
+    Change,
     Evaluation,
+    Layout,
     Lease,
     LeaseLost,
     NewTrial,
@@ -10,10 +13,13 @@ from apportion.studies.database.rows import (
     TrialRow,
     check_name,
 )
-from apportion.studies.database.store import Store
+from apportion.studies.database.store import Store, upgrade
 
 __all__ = [
+    "Change",
+    "DatabaseAway",
     "Evaluation",
+    "Layout",
     "Lease",
     "LeaseLost",
     "NewTrial",
@@ -22,4 +28,5 @@ __all__ = [
     "StudyRow",
     "TrialRow",
     "check_name",
+    "upgrade",
 ]

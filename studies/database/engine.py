@@ -1,117 +1,148 @@
-"""How the database is spoken to: settings, transactions, errors in the user's words.
+"""Transactions: the one place that commits, retries, and tells errors in the user's words."""
 
-SQLite is set up to lose nothing that was committed (WAL, full synchronization) and to let several
-processes write in turn: a writing transaction takes the write lock at its beginning, since one
-that reads first and writes later fails at once where another wrote in between.
-"""
-
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
-from apportion.errors import ApportionError, InvalidInput
+from apportion.errors import ApportionError
 
-BUSY_SECONDS = 30
-JOURNAL_BYTES = 64 * 2**20
-SETTINGS = (
-    f"busy_timeout = {BUSY_SECONDS * 1000}",
-    "synchronous = FULL",
-    "foreign_keys = ON",
-    f"journal_size_limit = {JOURNAL_BYTES}",
-)
-BEGIN = "apportion_begin"
+PATIENCE_SECONDS = 10.0
+CONFLICTS = 20
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.02, 2.0
+Result = TypeVar("Result")
+
+
+class DatabaseAway(ApportionError):
+    """The database cannot be reached; what was asked of it is to be asked again."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What a failed transaction means.
+
+    Attributes:
+        kind: "conflict": others were in the way, do it again; "away": the database cannot be
+            reached; "final": doing it again would fail again.
+        error: what the user is told if it ends there.
+    """
+
+    kind: Literal["conflict", "away", "final"]
+    error: ApportionError
+
+
+class Server(Protocol):
+    """What SQLite and PostgreSQL do each in its own way.
+
+    Attributes:
+        name: the file or the address without its password, for messages.
+        reading, writing: execution options of the two kinds of transaction.
+        engine: connections to it.
+    """
+
+    name: str
+    reading: dict[str, object]
+    writing: dict[str, object]
+    engine: Engine
+
+    def trouble(self, error: SQLAlchemyError) -> Trouble:
+        """What went wrong, one line that names the database and what to do."""
+        ...
+
+    def starting(self) -> AbstractContextManager[None]:
+        """Hold while the tables are looked at and made, where transactions are not enough."""
+        ...
+
+    def before_tables(self, database: "Database") -> None:
+        """Settings that the database keeps for good."""
+        ...
+
+    def lock_for_migration(self, connection: Connection) -> None:
+        """Keep other migrations out until the transaction ends."""
+        ...
+
+    def backup(self, revision: str) -> Path | None:
+        """Copy it before an upgrade from `revision`; None: the transaction is enough."""
+        ...
+
+    def problems(self, connection: Connection) -> list[str]:
+        """What the engine itself finds damaged."""
+        ...
 
 
 class Database:
-    """One SQLite file and its connections; may be used by several threads, not across a fork."""
+    """One database and its connections; may be used by several threads, not across a fork.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.engine = _make_engine(path)
+    Attributes:
+        goes_on: asked while the database is away or kept locked, with the trouble and for how
+            many seconds it has lasted, whether to try again. By default for 10 seconds.
+    """
 
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database, whatever others write meanwhile."""
-        with self._transaction("BEGIN") as connection:
-            yield connection
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.goes_on: Callable[[ApportionError, float], bool] = patient
 
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """A transaction that writes all of its block, or nothing where the block raises."""
-        with self._transaction("BEGIN IMMEDIATE") as connection:
-            yield connection
+    def read(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work` in a transaction that sees one state, whatever others write meanwhile."""
+        return self._transact(work, self.server.reading, self.goes_on)
 
-    def write_ahead(self) -> None:
-        """Gives the file a write-ahead log, for good; nobody may open it while it gets one."""
-        with self._transaction("") as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    def write(
+        self,
+        work: Callable[[Connection], Result],
+        goes_on: Callable[[ApportionError, float], bool] | None = None,
+    ) -> Result:
+        """Do `work` in a transaction that writes all of it, or nothing where it raises.
+
+        A connection can be lost in the moment of the commit, when nobody can say whether the work
+        is done. It is then done again: `work` must leave the same state when done twice.
+        """
+        return self._transact(work, self.server.writing, goes_on or self.goes_on)
 
     def close(self) -> None:
         """Closes all connections."""
-        self.engine.dispose()
+        self.server.engine.dispose()
 
-    @contextmanager
-    def _transaction(self, begin: str) -> Iterator[Connection]:
-        try:
-            with self.engine.connect().execution_options(**{BEGIN: begin}) as connection:
-                with connection.begin():
-                    yield connection
-        except SQLAlchemyError as error:
-            raise translated(error, self.path) from error
+    def _transact(
+        self,
+        work: Callable[[Connection], Result],
+        options: dict[str, object],
+        goes_on: Callable[[ApportionError, float], bool],
+    ) -> Result:
+        conflicts, away_since, pause = 0, None, FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                with self.server.engine.connect().execution_options(**options) as connection:
+                    with connection.begin():
+                        return work(connection)
+            except SQLAlchemyError as error:
+                trouble = self.server.trouble(error)
+                if trouble.kind == "conflict":
+                    conflicts += 1
+                    again = conflicts < CONFLICTS
+                elif trouble.kind == "away":
+                    now = time.monotonic()
+                    away_since = now if away_since is None else away_since
+                    again = goes_on(trouble.error, now - away_since)
+                else:
+                    again = False
+                if not again:
+                    raise trouble.error from error
+            # at random, so that those who were in each other's way do not meet again
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def _make_engine(path: Path) -> Engine:
-    # without isolation level the driver begins nothing by itself
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)), connect_args={"isolation_level": None}
-    )
-
-    @event.listens_for(engine, "connect")
-    def settings(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        cursor = connection.cursor()
-        for setting in SETTINGS:
-            cursor.execute(f"PRAGMA {setting}")
-        cursor.close()
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        if statement := connection.get_execution_options()[BEGIN]:
-            connection.exec_driver_sql(statement)
-
-    return engine
+def patient(error: ApportionError, seconds: float) -> bool:
+    """Go on for a while: what a command does."""
+    return seconds < PATIENCE_SECONDS
 
 
-def translated(error: SQLAlchemyError, path: Path) -> ApportionError:
-    """`error` in one line that names the file and, where there is something, what to do."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    said = " ".join(str(cause).split())
-    # the low byte is the primary code, the rest says more closely where it happened
-    match getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF:
-        case sqlite3.SQLITE_FULL:
-            return ApportionError(f"{path}: the disk is full; free some space, then resume")
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return ApportionError(
-                f"{path}: another process has kept it locked for {BUSY_SECONDS} s; try again"
-            )
-        case sqlite3.SQLITE_READONLY:
-            return InvalidInput(
-                f"{path}: cannot be written; its file and folder must be writable for you"
-            )
-        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-            return InvalidInput(
-                f"{path}: cannot be opened; its file and folder must be writable for you"
-            )
-        case sqlite3.SQLITE_NOTADB:
-            return InvalidInput(f"{path}: is no SQLite database; name another file")
-        case sqlite3.SQLITE_CORRUPT:
-            return ApportionError(f"{path}: is damaged ({said}); restore a copy of it")
-        case sqlite3.SQLITE_IOERR:
-            return ApportionError(f"{path}: the disk failed ({said})")
-        case _:
-            return ApportionError(f"{path}: {said}")
+def at_once(error: ApportionError, seconds: float) -> bool:
+    """Try once more, over a new connection: the old one may have been lost long ago."""
+    return seconds == 0.0

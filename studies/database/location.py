@@ -1,9 +1,10 @@
-"""Where a database may lie: the path behind an address, and the disks it cannot live on."""
+"""Where a database may lie: what an address means, and the disks that SQLite cannot live on."""
 
 import os
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+from sqlalchemy import URL
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -14,14 +15,49 @@ NETWORK_FILE_SYSTEMS = frozenset(
     "9p afpfs beegfs ceph cifs davfs glusterfs gpfs lustre ncpfs nfs nfs4 smb smb2 smb3 smbfs"
     " webdav fuse.ceph fuse.gcsfuse fuse.glusterfs fuse.rclone fuse.s3fs fuse.sshfs".split()
 )
+POSTGRESQL = "postgresql+psycopg"
+SECRETS = ("password", "sslpassword")  # libpq takes them after the "?" as well
+USAGE = 'write a path, "sqlite:////folder/studies.db", or "postgresql+psycopg://user@host/database"'
 
 
-def database_path(address: str | Path) -> Path:
-    """The path, links followed, of `address`, a path or "sqlite:///PATH".
+def located(address: str | Path) -> Path | URL:
+    """The SQLite file, links followed, or the PostgreSQL database that an address names.
 
-    Raises InvalidInput for other addresses, a folder that is not there, and network disks.
+    Args:
+        address: a path, "sqlite:///PATH" or "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE".
+
+    Raises:
+        InvalidInput: for other addresses, a folder that is not there, and network disks.
     """
-    path = Path(_file_of(str(address))).resolve()
+    text = str(address)
+    if "://" not in text:
+        return _checked_path(Path(text))
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise InvalidInput(f'"{text}" is no database address; {USAGE}') from error
+    if url.drivername in (POSTGRESQL, "postgresql") and url.database:
+        return url.set(drivername=POSTGRESQL)
+    if url.drivername != "sqlite" or url.query or not url.database or url.database == ":memory:":
+        raise InvalidInput(f"{shown(url)}: is no address of ours; {USAGE}")
+    return _checked_path(Path(url.database))
+
+
+def without_password(address: str) -> str:
+    """An address that may be shown."""
+    try:
+        return shown(make_url(address)) if "://" in address else address
+    except ArgumentError:
+        return address
+
+
+def shown(url: URL) -> str:
+    """An address without its passwords."""
+    return url.difference_update_query(SECRETS).render_as_string()
+
+
+def _checked_path(path: Path) -> Path:
+    path = path.resolve()
     if not os.path.isdir(path.parent):
         raise InvalidInput(f"{path}: there is no folder {path.parent}; make it first")
     if os.path.isdir(path):
@@ -30,7 +66,7 @@ def database_path(address: str | Path) -> Path:
     if file_system in NETWORK_FILE_SYSTEMS:
         raise InvalidInput(
             f"{path}: lies on a network disk ({file_system}), where SQLite can lose data;"
-            " name a file on a disk of this machine"
+            " name a file on a disk of this machine, or use PostgreSQL"
         )
     return path
 
@@ -44,16 +80,3 @@ def file_system_of(path: Path) -> str:
     ]
     # the deepest mount; of several at one place the last hides the others
     return str(max(mounts)[2]).lower() if mounts else ""
-
-
-def _file_of(address: str) -> str:
-    if "://" not in address:
-        return address
-    usage = 'write "sqlite:////folder/studies.db", or only the path'
-    try:
-        url = make_url(address)
-    except ArgumentError as error:
-        raise InvalidInput(f'"{address}" is no database address; {usage}') from error
-    if url.drivername != "sqlite" or url.query or not url.database or url.database == ":memory:":
-        raise InvalidInput(f"{url.render_as_string()}: only SQLite files are supported; {usage}")
-    return url.database

@@ -16,7 +16,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
 from apportion.studies.database.rows import Lease
 from apportion.studies.database.tables import database_clock, studies, trials
@@ -42,6 +42,7 @@ def stands(lease: Lease) -> ColumnElement[bool]:
     return and_(
         studies.c.id == lease.study_id,
         studies.c.epoch == lease.epoch,
+        studies.c.token == lease.token,
         studies.c.owner.is_not(None),
     )
 
@@ -52,7 +53,7 @@ def stored(connection: Connection, column: Column[str], key: Mapping[str, Any]) 
 
 
 def with_keys(
-    connection: Connection, query: Select[Any], column: Column[str], keys: Iterable[str]
+    connection: Connection, query: Select[Any], column: Column[Any], keys: Iterable[Any]
 ) -> Iterator[Row[Any]]:
     """The rows of `query` whose `column` is among `keys`."""
     wanted = list(keys)
@@ -62,9 +63,11 @@ def with_keys(
         )
 
 
-def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
-    """Inserts the row unless one of its key is there."""
-    connection.execute(sqlite.insert(table).values(**row).on_conflict_do_nothing())
+def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Inserts the row unless one of its key is there; whether it did."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    insert_ = dialect.insert(table).values(**row).on_conflict_do_nothing()
+    return connection.execute(insert_).rowcount > 0
 
 
 def put(

@@ -21,7 +21,13 @@ from apportion.workers.sources import OpenedModel
 
 
 def export(
-    spec: StudySpec, home: Home, store: Store, study_id: int, folder: Path, trial: int | None
+    spec: StudySpec,
+    home: Home,
+    store: Store,
+    study_id: int,
+    report: dict[str, Any],
+    folder: Path,
+    trial: int | None,
 ) -> Path:
     """Write a point of a finished study's front.
 
@@ -29,11 +35,10 @@ def export(
         InvalidInput: the study is not finished, the folder exists, the trial is no point of the
             front, or the model has changed.
     """
-    report = store.stage_output(study_id, "report")
     profiled = store.stage_output(study_id, "profile")
     compressed = store.stage_output(study_id, "compress")
     found = store.stage_output(study_id, "discover")
-    if report is None or profiled is None or compressed is None or found is None:
+    if profiled is None or compressed is None or found is None:
         raise InvalidInput(f'study "{spec.study.name}" is not finished; there is nothing to export')
     point = _point(report, trial)
     if folder.exists():

@@ -80,7 +80,7 @@ class Journey:
         try:
             (study,) = store.studies()
             trials = store.trials(study.id)
-            done = store.evaluations([trial.evaluation_key for trial in trials])
+            done = store.evaluations([t.evaluation_key for t in trials], study.id)
             report = store.stage_output(study.id, "report")
         finally:
             store.close()
