@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' 'setuptools>=77'
 	$(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --group dev -e '.[hf,plot,postgres]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --group dev -e '.[hf,plot,postgres,dashboard]'
 	touch $@
 
 demo: $(INSTALLED)

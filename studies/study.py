@@ -333,6 +333,22 @@ class Study:
         report = self._report()
         return export(self.spec, self.home, self._store, self._id, report, Path(folder), trial)
 
+    def export_optuna(self, url: str) -> int:
+        """Add the finished trials that are not there yet to an Optuna database.
+
+        Args:
+            url: of an Optuna RDB storage, "sqlite:///optuna.db".
+
+        Returns:
+            How many were added.
+
+        Raises:
+            InvalidInput: the address cannot be used, or belongs to another study.
+        """
+        from apportion.studies.optuna_view.export import export_study
+
+        return export_study(self._store, self._row(), url)
+
 
 def list_studies(
     home: Home | str | Path | None = None, database: str | None = None

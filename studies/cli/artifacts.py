@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from apportion.errors import ApportionError
+from apportion.errors import ApportionError, InvalidInput
 from apportion.studies.cli.beginning import Json
 from apportion.studies.cli.reports import verification_line
 from apportion.studies.cli.running import Name
@@ -16,18 +16,31 @@ from apportion.units import format_bytes
 def export(
     context: typer.Context,
     name: Name,
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A new folder.")],
+    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="A new folder.")] = None,
     trial: Annotated[
         int | None, typer.Option(metavar="N", help="Another point than the winner: its number.")
+    ] = None,
+    optuna: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Add finished trials to an Optuna database instead."),
     ] = None,
 ) -> None:
     """Write the winner, or another point of the front, as a folder."""
     from apportion.studies.study import Study
 
+    if (to is None) == (optuna is None):
+        raise InvalidInput("say where to: --to FOLDER for an artifact, or --optuna URL for trials")
     session = context.ensure_object(Session)
     study = Study.open(name, session.home, session.home.database)
     session.study = name
     with session.working(study.spec.objective.threads) as display:
+        if optuna is not None:
+            added = study.export_optuna(optuna)
+            display.line(
+                f" exported  {added} finished trial{'' if added == 1 else 's'} to {optuna}"
+            )
+        if to is None:
+            return
         folder = study.export(to, trial=trial)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         display.line(f" exported  {to} ({format_bytes(size)})")

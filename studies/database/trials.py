@@ -112,9 +112,11 @@ class Trials(Leases):
         self._write_leased(lease, work)
         return numbers
 
-    def trials(self, study_id: int, round: int | None = None) -> list[TrialRow]:
-        """The trials of a study, or of one of its rounds, by number."""
-        query = select(tables.trials).where(tables.trials.c.study_id == study_id)
+    def trials(self, study_id: int, round: int | None = None, first: int = 0) -> list[TrialRow]:
+        """The trials of a study, or of one of its rounds, by number, from number `first` on."""
+        query = select(tables.trials).where(
+            tables.trials.c.study_id == study_id, tables.trials.c.number >= first
+        )
         if round is not None:
             query = query.where(tables.trials.c.round == round)
 

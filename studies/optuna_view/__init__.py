@@ -1,0 +1,1 @@
+"""Studies as Optuna sees them: exported to a database of its own, or live in its dashboard."""
