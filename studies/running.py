@@ -16,6 +16,7 @@ from apportion.studies.database.store import Store
 from apportion.studies.holding import leased, waiting
 from apportion.studies.home import Home
 from apportion.studies.specification import StudySpec
+from apportion.studies.upkeep import note_database
 
 if TYPE_CHECKING:
     from apportion.studies.context import Context
@@ -57,6 +58,7 @@ def run_study(home: Home, store: Store, study_id: int, spec: StudySpec, run: Run
     from apportion.studies.context import Context
 
     home.create()
+    note_database(home)
     store.database.goes_on = waiting(run.stop, run.display)
     with leased(store, study_id, run.stop, run.display, run.take_over) as lease:
         context = Context(spec, home, store, study_id, lease, run.display, run.stop, run.workers)

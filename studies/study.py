@@ -383,7 +383,7 @@ def study_row(store: Store, row: StoredStudy) -> StudyRow:
     spec = in_force(StudySpec(**row.specification), store.changes(row.id))
     message = message_of(row)
     state = {"done": FINISHED, "failed": "failed"}.get(row.state, "interrupted")
-    if row.state == RUNNING and row.is_owned:
+    if row.is_owned:  # also while its model is being opened
         state = RUNNING
     best = message.get("best")
     created = datetime.datetime.fromtimestamp(row.created_at, datetime.UTC)

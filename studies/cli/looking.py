@@ -6,23 +6,39 @@ from typing import Annotated
 import typer
 
 from apportion.studies.cli.beginning import Json
+from apportion.studies.cli.following import follow_status
 from apportion.studies.cli.reports import number, show_front, status_line, tokens
 from apportion.studies.cli.running import Name
 from apportion.studies.cli.session import Session
 
 
-def status(context: typer.Context, name: Name, as_json: Json = False) -> None:
+def status(
+    context: typer.Context,
+    name: Name,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Say it again and again until the study ends.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say how far a study is."""
     from apportion.studies.study import Study
 
     session = context.ensure_object(Session)
-    found = Study.open(name, session.home, session.home.database).status()
+    study = Study.open(name, session.home, session.home.database)
+    if follow:
+        found = follow_status(study.status, as_json)
+    else:
+        found = study.status()
+    display = session.display()
     if as_json:
-        session.display().json(found)
-        return
-    session.display().line(status_line(found))
-    if found["state"] == "interrupted":
-        session.display().line(f" to go on: {session.home.command(f'resume {name}')}")
+        if not follow:
+            display.json(found)
+    else:
+        display.line(status_line(found))
+        if found["state"] == "interrupted":
+            display.line(f" to go on: {session.home.command(f'resume {name}')}")
+    if follow and found["state"] == "failed":
+        raise typer.Exit(1)
 
 
 def list_(context: typer.Context, as_json: Json = False) -> None:
