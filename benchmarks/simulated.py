@@ -4,7 +4,9 @@ What the database and the workers are asked is what a real study asks them. An e
 a function of the configuration and the slice alone, so that every run must come to the same path.
 """
 
+import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +23,19 @@ from apportion.search.solver import Settings
 from apportion.spaces.grammar import parse_option
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import Space
-from apportion.studies.cli.display import QuietDisplay
+from apportion.studies import holding
+from apportion.studies.cli.display import ConsoleDisplay
 from apportion.studies.database import Lease, Store
 from apportion.studies.evaluations import Runner
-from apportion.studies.holding import leased
+from apportion.studies.holding import leased, waiting
 from apportion.studies.limits import parse_limit
 from apportion.studies.pricing import Prices
 from apportion.studies.spool import Spool
 from apportion.studies.stages.search import Candidate, Progressed, Search
 from apportion.workers.evaluator import Evaluate, Evaluation
-from apportion.workers.pool import Pool
+from apportion.workers.patience import Patience
+from apportion.workers.pool import InProcessPool, Pool
+from apportion.workers.ray_pool import RayPool
 
 OPTIONS = ("dense", "bf16", "w8", "w8a8", "w4g64", "w4", "w3g64", "w2g64")
 BITS = (32.0, 16.0, 8.1, 8.1, 4.5, 4.1, 3.5, 2.5)
@@ -150,11 +155,55 @@ def search(
 def run(plan: Plan, store: Store, pool: Pool, spool: Path) -> None:
     """Create or go on with the study, to its end."""
     row = store.find_study(plan.name) or store.create_study(plan.name, {}, plan.name)
-    stop = Event()
-    with leased(store, row.id, stop, QuietDisplay()) as lease:
+    stop, display = Event(), ConsoleDisplay(sys.stdout)
+    store.database.goes_on = waiting(stop, display)
+    with leased(store, row.id, stop, display) as lease:
         with search(plan, store, lease, pool, spool, stop) as steps:
             for progress in steps():
                 if progress.is_new:
                     store.set_state(lease, "running", "search", f'{{"tokens": {progress.tokens}}}')
                     store.record_bill(lease, pool.bill.entries())
         store.set_state(lease, "done", "", "{}")
+
+
+def build(spec: Any) -> Simulated:
+    """What a worker of a pool runs."""
+    return Simulated(**spec["simulated"])
+
+
+@contextmanager
+def pool_of(driver: dict[str, Any]) -> Iterator[Pool]:
+    """The pool of a driver: Ray workers, or this process."""
+    evaluator = dict(sites=driver["sites"], seconds=driver["seconds"], log=driver["log"])
+    pool: Pool
+    if driver["workers"] == 0:
+        pool = InProcessPool(Simulated(**evaluator).evaluate)
+    else:
+        spec: Any = {"simulated": evaluator, "threads": 1}
+        patience = Patience(floor_seconds=driver["patience"], enough=1, first_seconds=20.0)
+        pool = RayPool(spec, driver["workers"], build=build, patience=patience)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def command(**driver: Any) -> list[str]:
+    """What starts a driver in a process of its own; see `main` for what it takes."""
+    return [sys.executable, "-P", str(Path(__file__).absolute()), json.dumps(driver)]
+
+
+def main() -> None:
+    """Drive a study: address, name, solver, sites, evaluations, windows; workers, seconds (of an
+    evaluation), patience, log, spool; lease (seconds)."""
+    driver = json.loads(sys.argv[1])
+    sys.modules["simulated"] = sys.modules["__main__"]
+    build.__module__ = Simulated.__module__ = "simulated"  # for the workers
+    holding.LEASE_SECONDS = driver["lease"]
+    plan = Plan(*(driver[key] for key in ("name", "solver", "sites", "evaluations", "windows")))
+    with pool_of(driver) as pool:
+        run(plan, Store.open(driver["address"]), pool, Path(driver["spool"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from apportion.search.solver import SearchSlice
 SHARED, SITE, OWN = 0.5, 0.3, 0.3  # prior standard deviations of a factor's three parts
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the relative residual; chosen by leaving one out
 LEAST_FACTOR = 0.05
+MOST = 1000  # observations: a fit takes the cube of their number
 FLOOR = 0.02  # a one-option loss below this share of the median one is taken to be noise
 
 
@@ -119,7 +120,8 @@ def observations(ledger: Ledger, short: SearchSlice, best: Config | None) -> Obs
     """All that is known on the full slice, and what is known on `short`, put on its scale.
 
     A short loss is multiplied by the best configuration's ratio of full to short loss: most of
-    the difference between windows is common to all configurations.
+    the difference between windows is common to all configurations. Of more than `MOST` those that
+    count the most.
     """
     full, windows = ledger.settings.full, ledger.settings.windows
     reference = 0.0 if best is None else ledger.mean(best)
@@ -137,4 +139,7 @@ def observations(ledger: Ledger, short: SearchSlice, best: Config | None) -> Obs
     losses = np.array([loss for loss, _ in usable.values()])
     noise = np.array([relative for _, relative in usable.values()])
     far = np.log(losses / reference) ** 2 if reference > 0 else np.zeros_like(losses)
-    return Observations(list(usable), losses, noise * (1.0 + far))
+    noise = noise * (1.0 + far)
+    kept = np.sort(np.argsort(noise, kind="stable")[:MOST])
+    configs = list(usable)
+    return Observations([configs[i] for i in kept], losses[kept], noise[kept])

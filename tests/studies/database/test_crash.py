@@ -1,13 +1,11 @@
 """SIGKILL leaves all of a transaction or nothing."""
 
 import signal
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 from subprocess import Popen
 
 import pytest
+from sqlalchemy import create_engine, inspect
 
 from apportion.studies.database import Store
 
@@ -16,24 +14,22 @@ Start = Callable[..., "Popen[str]"]
 PROPOSE = """
 import os, signal, sys
 from sqlalchemy import Engine, event
-from apportion.studies.database import NewTrial, Store
+from apportion.studies.database import Layout, NewTrial, Store
 
-moments = int(sys.argv[2])
-def live_on(*_):
-    global moments
-    moments -= 1
-    if moments == 0:
+moment = sys.argv[2]
+def live_on(connection, cursor, statement, *_):
+    if " ".join(statement.split()).startswith(moment):
         os.kill(os.getpid(), signal.SIGKILL)
 
 trial = NewTrial(configuration={}, first_window=0, windows=1, part="search", origin="x",
-                 costs={}, evaluation_key="key")
+                 costs={}, evaluation_key="0123456789abcdef" * 2)
 store = Store.open(sys.argv[1])
 lease = store.acquire(1, 60)
 event.listen(Engine, "after_cursor_execute", live_on)
-event.listen(Engine, "commit", live_on)  # called before the commit
-store.record_proposals(lease, 0, [trial, trial], {"asked": 2})
+event.listen(Engine, "commit", lambda _: live_on(None, None, "COMMIT"))  # before the commit
+store.record_proposals(lease, 0, 0, Layout({}, []), [trial, trial], {"ilp": 2, "greedy": 1})
 print("stored", flush=True)
-live_on()
+live_on(None, None, "END")
 """
 OPEN = """
 import os, signal, sys
@@ -49,35 +45,59 @@ Store.open(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("moment", range(1, 9))
-def test_killed_while_proposing(store: Store, path: Path, start: Start, moment: int) -> None:
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "SELECT studies.id",  # the lease
+        "SELECT max(trials.number)",
+        "INSERT INTO layouts",
+        "INSERT INTO trials",
+        "INSERT INTO solver_answers",
+        "COMMIT",
+        "END",
+    ],
+)
+def test_killed_while_proposing(store: Store, address: str, start: Start, moment: str) -> None:
     study = store.create_study("demo", {}, "hash")
-    driver = start(PROPOSE, path, moment)
+    driver = start(PROPOSE, address, moment)
     told, errors = driver.communicate()
     assert driver.returncode == -signal.SIGKILL, errors
-    stored = (len(store.trials(study.id)), store.solver_state(study.id, 0))
-    # begin, lease, number, trials, state: update, insert; commit
-    assert told == ("stored\n" if moment == 8 else "")
-    assert stored == ((2, {"asked": 2}) if moment == 8 else (0, None))
+    stored = store.trial_count(study.id), store.solver_answers(study.id, 0)
+    is_stored = moment == "END"
+    assert told == ("stored\n" if is_stored else "")
+    assert stored == ((2, {"ilp": 2, "greedy": 1}) if is_stored else (0, {}))
+    assert store.acquire(study.id, 60).epoch == 2  # its row is free
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "PRAGMA journal_mode",
-        "BEGIN IMMEDIATE",
         "CREATE TABLE apportion_revision",
         "CREATE TABLE trials",
         "CREATE INDEX",
-        "INSERT INTO apportion_revision",  # the last one
+        "ALTER TABLE trials RENAME",
+        "DROP TABLE solver_states",
+        "UPDATE apportion_revision",  # the last one
     ],
 )
-def test_killed_while_making_tables(path: Path, start: Start, statement: str) -> None:
-    driver = start(OPEN, path, statement)
+def test_killed_while_making_tables(address: str, start: Start, statement: str) -> None:
+    driver = start(OPEN, address, statement)
     _, errors = driver.communicate()
     assert driver.returncode == -signal.SIGKILL, errors
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT * FROM sqlite_master").fetchall() == []
-    store = Store.open(path)
+    engine = create_engine(address if "://" in address else f"sqlite:///{address}")
+    assert inspect(engine).get_table_names() == []
+    engine.dispose()
+    store = Store.open(address)
     store.create_study("demo", {}, "hash")
+    store.close()
+
+
+@pytest.mark.parametrize("address", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("statement", ["PRAGMA journal_mode", "BEGIN IMMEDIATE"])
+def test_killed_before_making_tables(address: str, start: Start, statement: str) -> None:
+    driver = start(OPEN, address, statement)
+    _, errors = driver.communicate()
+    assert driver.returncode == -signal.SIGKILL, errors
+    store = Store.open(address)
+    assert store.studies() == []
     store.close()

@@ -1,4 +1,4 @@
-"""Transactions, and what goes wrong with a file, in one line that names it."""
+"""What goes wrong with a file of SQLite, in one line that names it."""
 
 import os
 import sqlite3
@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import event
 
 from apportion.errors import ApportionError, InvalidInput
-from apportion.studies.database import Lease, NewTrial, Store
+from apportion.studies.database import Layout, Lease, NewTrial, Store
+from apportion.studies.database.engine import at_once
 
 WRITE_AS_NOBODY = """
 import os, sys
@@ -28,8 +29,14 @@ except InvalidInput as error:
 """
 
 
+@pytest.fixture
+def address(path: Path) -> str:
+    """Of SQLite alone."""
+    return str(path)
+
+
 def set_in_each_connection(store: Store, setting: str) -> None:
-    @event.listens_for(store._database.engine, "checkout")
+    @event.listens_for(store.database.server.engine, "checkout")
     def checkout(connection: sqlite3.Connection, *_: object) -> None:
         connection.execute(f"PRAGMA {setting}").fetchall()
 
@@ -42,29 +49,16 @@ def assert_one_line(
     assert error.value.exit_code == exit_code
 
 
-def test_reading_sees_one_state(store: Store) -> None:
-    count = "SELECT count(*) FROM studies"
-    with store._database.reading() as connection:
-        before = connection.exec_driver_sql(count).scalar()
-        store.create_study("demo", {}, "hash")
-        assert connection.exec_driver_sql(count).scalar() == before == 0
-    assert len(store.studies()) == 1
-
-
-def test_writing_that_raises_leaves_nothing(store: Store) -> None:
-    with pytest.raises(ZeroDivisionError), store._database.writing() as connection:
-        connection.exec_driver_sql("DELETE FROM apportion_revision")
-        _ = 1 // 0
-    with store._database.reading() as connection:
-        assert connection.exec_driver_sql("SELECT * FROM apportion_revision").all()
-
-
 def test_full_disk(
-    store: Store, lease: Lease, path: Path, new_trial: Callable[[str], NewTrial]
+    store: Store,
+    lease: Lease,
+    path: Path,
+    layout: Layout,
+    new_trial: Callable[[str], NewTrial],
 ) -> None:
     set_in_each_connection(store, "max_page_count = 1")  # as many as it has, at the least
     with pytest.raises(ApportionError, match="disk is full") as error:
-        store.record_proposals(lease, 0, [new_trial("k" * 100)] * 500, {})
+        store.record_proposals(lease, 0, 0, layout, [new_trial("a")] * 500, {})
     assert_one_line(error, path, 1)
     assert store.trials(lease.study_id) == []
 
@@ -79,6 +73,7 @@ def test_full_disk_freed_again(store: Store, lease: Lease) -> None:
 
 def test_locked_by_another_process(store: Store, path: Path) -> None:
     set_in_each_connection(store, "busy_timeout = 20")
+    store.database.goes_on = at_once
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(ApportionError, match="locked") as error:

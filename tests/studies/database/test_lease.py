@@ -1,16 +1,15 @@
-"""One driver at a time owns a study."""
+"""One driver at a time owns a study, by the database's clock."""
 
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from subprocess import Popen
 
 import pytest
 
 from apportion.errors import InvalidInput
-from apportion.studies.database import Lease, LeaseLost, NewTrial, Owner, Store
+from apportion.studies.database import Lease, LeaseLost, Owner, Store
 
 HOLD = """
 import sys
@@ -23,7 +22,8 @@ sys.stdin.read()
 
 
 def test_lease_refused_while_another_stands(store: Store, lease: Lease) -> None:
-    with pytest.raises(InvalidInput, match=rf'"demo" is being run by pid {os.getpid()} on \S+$'):
+    owner = rf'"demo" is being run by pid {os.getpid()} on \S+; .* resume demo --take-over$'
+    with pytest.raises(InvalidInput, match=owner):
         store.acquire(lease.study_id, 60)
     assert store.studies()[0].is_owned
 
@@ -34,12 +34,29 @@ def test_lease_free_after_release(store: Store, lease: Lease) -> None:
     assert store.acquire(lease.study_id, 60).epoch == lease.epoch + 1
 
 
-def test_lease_expires_unless_renewed(store: Store, lease: Lease) -> None:
-    store.renew(replace(lease, seconds=0.5))
+def test_lease_expires_unless_renewed(
+    store: Store, lease: Lease, until: Callable[[Callable[[], object]], None]
+) -> None:
+    short = replace(lease, seconds=0.5)
+    store.renew(short)
     with pytest.raises(InvalidInput):
         store.acquire(lease.study_id, 60)
-    time.sleep(0.55)
+    until(lambda: not store.studies()[0].is_owned)
     assert store.acquire(lease.study_id, 60).epoch == lease.epoch + 1
+
+
+def test_lease_past_its_end_stands_until_another_is_given(store: Store, lease: Lease) -> None:
+    store.renew(replace(lease, seconds=-1.0))
+    assert not store.studies()[0].is_owned
+    store.renew(lease)
+    assert store.studies()[0].is_owned
+
+
+def test_lease_taken_over(store: Store, lease: Lease) -> None:
+    new = store.acquire(lease.study_id, 60, take_over=True)
+    with pytest.raises(LeaseLost):
+        store.renew(lease)
+    store.renew(new)
 
 
 def test_lease_ignores_this_machines_clock(
@@ -56,34 +73,6 @@ def test_clock_of_database_counts_seconds(store: Store) -> None:
     assert before - 0.01 < created_at < time.time() + 0.01
 
 
-WRITES: dict[str, Callable[[Store, Lease, NewTrial], object]] = {
-    "renew": lambda store, lease, trial: store.renew(lease),
-    "state": lambda store, lease, trial: store.set_state(lease, "done", "export", ""),
-    "stage": lambda store, lease, trial: store.record_stage(lease, "search", 0, {}, 1.0),
-    "proposals": lambda store, lease, trial: store.record_proposals(lease, 0, [trial], {}),
-}
-
-
-@pytest.mark.parametrize("taken_over", [True, False], ids=["taken over", "released"])
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_lost_lease_writes_nothing(
-    store: Store,
-    lease: Lease,
-    write: Callable[[Store, Lease, NewTrial], object],
-    new_trial: Callable[[str], NewTrial],
-    taken_over: bool,
-) -> None:
-    store.release(lease)
-    if taken_over:
-        store.acquire(lease.study_id, 60)
-    with pytest.raises(LeaseLost):
-        write(store, lease, new_trial("key"))
-    assert store.studies()[0].state == "stopped"
-    assert store.stage_output(lease.study_id, "search") is None
-    assert store.trials(lease.study_id) == []
-    assert store.studies()[0].is_owned == taken_over
-
-
 def test_release_of_lost_lease_leaves_the_new_one(store: Store, lease: Lease) -> None:
     store.release(lease)
     new = store.acquire(lease.study_id, 60)
@@ -91,11 +80,39 @@ def test_release_of_lost_lease_leaves_the_new_one(store: Store, lease: Lease) ->
     store.renew(new)
 
 
+def test_lease_of_a_removed_study_is_none_of_its_successors(store: Store, lease: Lease) -> None:
+    """SQLite gives its number to the next study, whose first lease has the same epoch."""
+    assert store.forget(lease)
+    successor = store.create_study("demo", {}, "hash")
+    store.acquire(successor.id, 60)
+    stale = replace(lease, study_id=successor.id)
+    with pytest.raises(LeaseLost):
+        store.set_state(stale, "failed", "search", "stale")
+    store.release(stale)
+    assert store.studies()[0].is_owned
+
+
+def test_removed_study_not_leased(store: Store, lease: Lease) -> None:
+    store.forget(lease)
+    with pytest.raises(InvalidInput, match="not there any more"):
+        store.acquire(lease.study_id, 60)
+
+
+def test_driver_asked_to_stop(store: Store, lease: Lease) -> None:
+    assert (store.stop_asked(lease.study_id), store.renew(lease)) == (None, None)
+    for how in ("gently", "now"):
+        store.ask_to_stop(lease.study_id, how)
+        assert (store.stop_asked(lease.study_id), store.renew(lease)) == (how, how)
+    store.release(lease)
+    store.acquire(lease.study_id, 60)
+    assert store.stop_asked(lease.study_id) is None
+
+
 def test_lease_of_killed_process_taken_over(
-    store: Store, path: Path, start: Callable[..., "Popen[str]"]
+    store: Store, address: str, start: Callable[..., "Popen[str]"]
 ) -> None:
     study = store.create_study("demo", {}, "hash")
-    driver = start(HOLD, path)
+    driver = start(HOLD, address)
     assert driver.stdout is not None and driver.stdout.readline() == "held\n"
     with pytest.raises(InvalidInput, match=f"pid {driver.pid} on "):
         store.acquire(study.id, 60)
