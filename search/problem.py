@@ -104,7 +104,7 @@ class Problem:
 
     def canonical(self, config: Config) -> Config:
         """The configuration with `neutral` at every void site."""
-        return tuple(int(o) for o in np.where(self.void(config), self.neutral, config))
+        return tuple(np.where(self.void(config), self.neutral, config).tolist())
 
     def total(self, kind: str, config: Config) -> float:
         """Base and the cost of all sites that are not void, in the unit of `kind`."""

@@ -89,14 +89,23 @@ class Space:
 
     def configuration(self, config: Sequence[int]) -> Configuration:
         """Site name -> option text, canonical: what lies under a dropped site is neutral."""
-        return {
-            site.name: self.texts[place][0 if self.void(config, place) else config[place]]
-            for place, site in enumerate(self.sites)
-        }
+        void = self.voids(config)
+        rows = zip(self.names, self.texts, config, void, strict=True)
+        return {name: texts[0 if gone else option] for name, texts, option, gone in rows}
 
     def canonical(self, configuration: Mapping[str, str]) -> Configuration:
         """The configuration with everything under a dropped site made neutral."""
         return self.configuration(self.config(configuration))
+
+    def voids(self, config: Sequence[int]) -> list[bool]:
+        """Of each site whether it lies under a dropped one."""
+        if not any(self.texts[place][config[place]] == DROP for place in self._structures):
+            return [False] * len(self.sites)
+        return [self.void(config, place) for place in range(len(self.sites))]
+
+    @cached_property
+    def _structures(self) -> tuple[int, ...]:
+        return tuple(place for place, site in enumerate(self.sites) if site.is_structure)
 
     def void(self, config: Sequence[int], place: int) -> bool:
         """Whether a site lies under a dropped one."""

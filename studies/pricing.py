@@ -58,22 +58,25 @@ class Prices:
 
     def total(self, kind: str, config: Config) -> float:
         """One cost of a configuration, in the kind's unit."""
-        held = [
-            self.rows[kind][place, option]
-            for place, option in enumerate(config)
-            if not self.space.void(config, place)
-        ]
-        return float(self.base[kind] + sum(held))
+        return self._totals([kind], config)[kind]
+
+    def _totals(self, kinds: Iterable[str], config: Config) -> dict[str, float]:
+        there = np.flatnonzero(~np.asarray(self.space.voids(config)))
+        options = np.asarray(config, dtype=np.int64)[there]
+        # one after the other: the last bits of a sum depend on its order
+        held = {kind: sum(self.rows[kind][there, options].tolist()) for kind in kinds}
+        return {kind: float(self.base[kind] + value) for kind, value in held.items()}
+
+    @cached_property
+    def _dense(self) -> dict[str, float]:
+        kinds = [latency_kind(device) for device in self.tables]
+        return self._totals(kinds, (0,) * len(self.space.sites))
 
     def costs(self, config: Config) -> dict[str, float]:
         """Every cost of a configuration; `latency.worst` is over latency / dense latency."""
-        found = {kind: self.total(kind, config) for kind in self.rows}
+        found = self._totals(self.rows, config)
         if self.tables:
-            dense = (0,) * len(config)
-            shares = [
-                found[latency_kind(d)] / self.total(latency_kind(d), dense) for d in self.tables
-            ]
-            found[WORST] = max(shares)
+            found[WORST] = max(found[kind] / dense for kind, dense in self._dense.items())
         return found
 
     @cached_property
