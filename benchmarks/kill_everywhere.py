@@ -6,8 +6,11 @@ Each cell starts a study in a home of its own, kills it, and resumes it (submits
 kill came before the study was stored). Identical means: the same trials in the same order (number,
 configuration, slice, window losses to the last bit, origin) and the same winner as undisturbed.
 
-Assumptions. In process, one thread, a recorded device: every run reads the same stored timings.
-A kill ends the process, not the machine: what a power cut does is the promise of SQLite's settings.
+Assumptions. One thread, a recorded device: every run reads the same stored timings. The tiny
+study is evaluated in process; with --shipped it is one of the shipped model, with two Ray workers
+(which end with their driver), killed at 30 moments. A kill ends the process, not the machine: what
+a power cut does is the promise of SQLite's settings. Again means: the resumed run executed an
+evaluation that was stored before.
 
 Ceiling: all cells identical. Resumable: a finished cell is not run again while the folder stands.
 """
@@ -24,10 +27,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import shipped_study
 import tiny_study
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultDialect
@@ -38,21 +43,41 @@ from apportion.studies import driver, preparation  # noqa: F401 (before the firs
 from apportion.studies.database.sqlite import BEGIN
 from apportion.studies.database.store import Store
 from apportion.studies.study import Study, list_studies
-from apportion.workers.evaluator import Evaluator
 
-MOMENTS = 10
+MOMENTS, SHIPPED_MOMENTS = 10, 30
 SEED = 0
-RESULTS = Path(__file__).parent / "results" / "kill_everywhere.json"
+RESULTS = Path(__file__).parent / "results"
 # Cells are forks of this process, which has imported everything and runs no thread.
 processes = multiprocessing.get_context("fork")
 
 
-def finish(study: Path, home: Path) -> None:
+@dataclass(frozen=True)
+class Case:
+    """A study file and how it is run."""
+
+    study: Path
+    workers: int
+
+
+def finish(case: Case, home: Path) -> None:
     """Submit the study, or resume it where it is stored."""
-    if list_studies(home):
-        Study.open("tiny", home).resume()
+    if stored := list_studies(home):
+        Study.open(stored[0]["name"], home).resume(case.workers)
     else:
-        Study.submit(study, home=home)
+        Study.submit(case.study, home=home, workers=case.workers)
+
+
+def stored_and_executed(home: Path) -> tuple[int, int]:
+    """Evaluations that the database holds, and executions on its bill."""
+    if not list_studies(home):
+        return 0, 0
+    store = Store.open(home / "studies.db")
+    try:
+        (study,) = store.studies()
+        executed = sum(count for count, _ in store.bill(study.id).values())
+        return store.check().evaluations, executed
+    finally:
+        store.close()
 
 
 def path_of(home: Path) -> dict[str, Any]:
@@ -110,34 +135,19 @@ def killed_at(number: int) -> Callable[[int], None]:
     return strike
 
 
-def counting(study: Path, home: Path, answer: Any) -> None:
+def counting(case: Case, home: Path, answer: Any) -> None:
     """Run undisturbed; answer with the number of commits."""
     numbers: list[int] = []
     at_commits(nothing, numbers.append)
-    finish(study, home)
+    finish(case, home)
     answer.send(len(numbers))
 
 
-def disturbed(study: Path, home: Path, place: int, side: str) -> None:
+def disturbed(case: Case, home: Path, place: int, side: str) -> None:
     """Run until commit `place`."""
     strike = killed_at(place)
     at_commits(*((strike, nothing) if side == "before" else (nothing, strike)))
-    finish(study, home)
-
-
-def resumed(study: Path, home: Path, answer: Any) -> None:
-    """Run to the end; answer with the evaluations that were run."""
-    ran = 0
-    evaluate = Evaluator.evaluate
-
-    def counted(evaluator: Evaluator, work: Any) -> Any:
-        nonlocal ran
-        ran += 1
-        return evaluate(evaluator, work)
-
-    Evaluator.evaluate = counted  # type: ignore[method-assign]
-    finish(study, home)
-    answer.send(ran)
+    finish(case, home)
 
 
 def in_child(work: Callable[..., None], *arguments: Any, seconds: float | None = None) -> int:
@@ -158,23 +168,26 @@ def asked(work: Callable[..., None], *arguments: Any) -> Any:
     return mine.recv() if status == 0 else None
 
 
-def cell(study: Path, home: Path, kind: str, place: float, undisturbed: Any) -> dict[str, Any]:
+def cell(case: Case, home: Path, kind: str, place: float, undisturbed: Any) -> dict[str, Any]:
     """Kill once, resume, compare."""
     shutil.rmtree(home, ignore_errors=True)
     if kind == "moment":
-        ended = in_child(finish, study, home, seconds=place)
+        ended = in_child(finish, case, home, seconds=place)
     else:
-        ended = in_child(disturbed, study, home, int(place), kind)
+        ended = in_child(disturbed, case, home, int(place), kind)
+    stored, executed = stored_and_executed(home)
     began = time.perf_counter()
-    ran = asked(resumed, study, home)
+    status = in_child(finish, case, home)
     seconds = time.perf_counter() - began
+    stored_then, executed_then = stored_and_executed(home)
     return {
         "kill": kind,
         "place": place,
         "killed": ended == -signal.SIGKILL,
-        "evaluations_run": ran,
+        "evaluations_run": executed_then - executed,
+        "run_again": executed_then - executed - (stored_then - stored),
         "seconds": round(seconds, 2),
-        "identical": ran is not None and path_of(home) == undisturbed,
+        "identical": status == 0 and path_of(home) == undisturbed,
     }
 
 
@@ -191,31 +204,42 @@ def cells(commits: int, seconds: float, every: int, moments: int) -> Iterator[tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("build/kill_everywhere"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--shipped", action="store_true", help="the shipped model, two workers")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th commit")
-    parser.add_argument("--moments", type=int, default=MOMENTS)
+    parser.add_argument("--moments", type=int)
     given = parser.parse_args()
-    study = tiny_study.write(given.folder.absolute())
-    home = study.parent / "home"
+    name = "kill_shipped" if given.shipped else "kill_everywhere"
+    results = given.results or RESULTS / f"{name}.json"
+    moments = (
+        (SHIPPED_MOMENTS if given.shipped else MOMENTS)
+        if given.moments is None
+        else (given.moments)
+    )
+    folder = given.folder.absolute() / name
+    case = (
+        Case(shipped_study.write(folder), 2) if given.shipped else Case(tiny_study.write(folder), 1)
+    )
+    home = folder / "home"
     shutil.rmtree(home, ignore_errors=True)
     began = time.perf_counter()
-    commits = asked(counting, study, home)
+    commits = asked(counting, case, home)
     seconds = time.perf_counter() - began
     undisturbed = path_of(home)
     same = {"path": content_hash(undisturbed), "commits": commits, "every": given.every}
-    rows = _finished(given.results, same)
+    rows = _finished(results, same)
     print(f"{commits} commits, {len(undisturbed['trials'])} trials, {seconds:.1f} s undisturbed")
     print(
         f"{'kill':>8} {'place':>8} {'killed':>7} {'run after':>10} {'seconds':>8} {'identical':>10}"
     )
     known = len(rows)
-    wanted = list(cells(commits, seconds, given.every, given.moments))
+    wanted = list(cells(commits, seconds, given.every, moments))
     for kind, place in wanted[known:]:
-        rows.append(cell(study, home, kind, place, undisturbed))
+        rows.append(cell(case, home, kind, place, undisturbed))
         print("{kill:>8} {place:>8} {killed!s:>7} {evaluations_run!s:>10} {seconds:>8} "
               "{identical!s:>10}".format(**rows[-1]), flush=True)  # fmt: skip
-        _write(given.results, same, rows)
-    _write(given.results, same, rows)
+        _write(results, same, rows)
+    _write(results, same, rows)
     raise SystemExit(not all(claim["holds"] for claim in _claims(rows)))
 
 
@@ -242,6 +266,16 @@ def _claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "holds": good == len(of),
             }
         )
+    again = sum(row["run_again"] for row in rows)
+    claims.append(
+        {
+            "name": "stored evaluations that a resumed study executed again",
+            "value": again,
+            "unit": "evaluations",
+            "bound": 0,
+            "holds": again == 0,
+        }
+    )
     return claims
 
 

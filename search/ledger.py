@@ -68,6 +68,10 @@ class Ledger:
             return False
         return bool(np.isfinite(self._losses[config][0][part.first : part.stop]).all())
 
+    def tried(self, config: Config) -> bool:
+        """Whether anything is known of it."""
+        return config in self._losses or config in self._failed
+
     def mean(self, config: Config, part: SearchSlice | None = None) -> float:
         """Loss on a slice (default: the full one); inf where it failed or is not known."""
         part = part or self.settings.full

@@ -13,7 +13,6 @@ import numpy as np
 
 from apportion.search.ledger import Ledger
 from apportion.search.problem import Config, Floats, Problem
-from apportion.search.solver import SearchSlice
 
 SHARED, SITE, OWN = 0.5, 0.3, 0.3  # prior standard deviations of a factor's three parts
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the relative residual; chosen by leaving one out
@@ -116,25 +115,24 @@ def floored(problem: Problem) -> Floats:
     return table
 
 
-def observations(ledger: Ledger, short: SearchSlice, best: Config | None) -> Observations:
-    """All that is known on the full slice, and what is known on `short`, put on its scale.
+def observations(ledger: Ledger, best: Config | None) -> Observations:
+    """All that is known on the full slice, and what is known on parts of it, put on its scale.
 
-    A short loss is multiplied by the best configuration's ratio of full to short loss: most of
-    the difference between windows is common to all configurations. Of more than `MOST` those that
-    count the most.
+    A part's loss is multiplied by the best configuration's ratio of full loss to loss on that
+    part: most of the difference between windows is common to all configurations. Of more than
+    `MOST` those that count the most.
     """
     full, windows = ledger.settings.full, ledger.settings.windows
     reference = 0.0 if best is None else ledger.mean(best)
-    brief = 0.0 if best is None else ledger.mean(best, short)
-    ratio = reference / brief if brief > 0 else 1.0
     neutral = ledger.problem.neutral_config
     found: dict[Config, tuple[float, float]] = {}
     for config, part in ledger.results:
-        if config == neutral or part not in (full, short):
+        if config == neutral:
             continue
-        loss = ledger.mean(config, part) * (1.0 if part == full else ratio)
+        brief = 0.0 if best is None else ledger.mean(best, part)
+        ratio = reference / brief if brief > 0 and part != full else 1.0
         if part == full or config not in found:
-            found[config] = (loss, windows / part.windows)
+            found[config] = (ledger.mean(config, part) * ratio, windows / part.windows)
     usable = {c: v for c, v in found.items() if np.isfinite(v[0]) and v[0] > 0}
     losses = np.array([loss for loss, _ in usable.values()])
     noise = np.array([relative for _, relative in usable.values()])
