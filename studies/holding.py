@@ -2,6 +2,7 @@
 
 import _thread
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event
@@ -14,6 +15,8 @@ from apportion.studies.database.store import Store
 
 LEASE_SECONDS = 30.0
 HEAR_SECONDS = 1.0
+APART_SECONDS = 15.0
+"""Longer than from one try to reach a lost database to the next."""
 NOW = "now"
 
 
@@ -48,13 +51,15 @@ def leased(
 
 def waiting(stop: Event, display: Display) -> Callable[[ApportionError, float], bool]:
     """Wait for a lost database as long as the study is wanted, and say so once for each time."""
-    away = Event()
+    seen, told = 0.0, False
 
     def goes_on(error: ApportionError, seconds: float) -> bool:
-        if seconds == 0.0:
-            away.clear()
-        elif not away.is_set():
-            away.set()
+        nonlocal seen, told  # of all threads that meet the same outage
+        now = time.monotonic()
+        told = told and now - seen < APART_SECONDS
+        seen = now
+        if seconds > 0.0 and not told:
+            told = True
             display.warning(f"{error}; the study waits, results are kept")
         return not stop.is_set()
 
@@ -73,7 +78,7 @@ def _keep(
         except LeaseLost:
             stop.set()  # the driver's next write says why
             return
-        except DatabaseAway:
+        except ApportionError:  # away, or its disk is full: the driver's own writes tell of it
             continue
         renewed = 0 if due else renewed
         if asked and not stop.is_set():

@@ -26,6 +26,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the winner, or another point of the front, as a folder."""
+    from apportion.studies.database.location import without_password
     from apportion.studies.study import Study
 
     if (to is None) == (optuna is None):
@@ -36,9 +37,8 @@ def export(
     with session.working(study.spec.objective.threads) as display:
         if optuna is not None:
             added = study.export_optuna(optuna)
-            display.line(
-                f" exported  {added} finished trial{'' if added == 1 else 's'} to {optuna}"
-            )
+            plural, place = "" if added == 1 else "s", without_password(optuna)
+            display.line(f" exported  {added} finished trial{plural} to {place}")
         if to is None:
             return
         folder = study.export(to, trial=trial)

@@ -124,7 +124,7 @@ def status_line(status: Status) -> str:
         words.append(f"{many} ({duration(status['wasted_seconds'])} of workers wasted)")
     words += [f"changed: {change}" for change in status["changes"]]
     if status["cached"]:
-        words.append(f"{status['cached']} served from earlier studies")
+        words.append(f"{status['cached']} evaluated before")
     if status["seconds_left"] is not None:
         words.append(f"{duration(status['seconds_left'])} left")
     return " " + " · ".join(words)

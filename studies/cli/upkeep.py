@@ -76,7 +76,7 @@ def upgrade(context: typer.Context) -> None:
     upkeep.refuse_without(session.home)
     done = upgrade_database(session.home.database)
     display, place = session.display(), location.located(session.home.database)
-    shown = str(place) if isinstance(place, Path) else place.render_as_string()
+    shown = str(place) if isinstance(place, Path) else location.shown(place)
     if done.before == done.after:
         display.line(f" {shown} is up to date (revision {done.after})")
         return

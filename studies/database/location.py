@@ -1,6 +1,7 @@
 """Where a database may lie: what an address means, and the disks that SQLite cannot live on."""
 
 import os
+import re
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -16,6 +17,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     " webdav fuse.ceph fuse.gcsfuse fuse.glusterfs fuse.rclone fuse.s3fs fuse.sshfs".split()
 )
 POSTGRESQL = "postgresql+psycopg"
+CREDENTIALS = re.compile(r"(://)[^/]*@")
 SECRETS = ("password", "sslpassword")  # libpq takes them after the "?" as well
 USAGE = 'write a path, "sqlite:////folder/studies.db", or "postgresql+psycopg://user@host/database"'
 
@@ -34,8 +36,8 @@ def located(address: str | Path) -> Path | URL:
         return _checked_path(Path(text))
     try:
         url = make_url(text)
-    except ArgumentError as error:
-        raise InvalidInput(f'"{text}" is no database address; {USAGE}') from error
+    except (ArgumentError, ValueError) as error:  # a port that is no number is a ValueError
+        raise InvalidInput(f'"{without_password(text)}" is no database address; {USAGE}') from error
     if url.drivername in (POSTGRESQL, "postgresql") and url.database:
         return url.set(drivername=POSTGRESQL)
     if url.drivername != "sqlite" or url.query or not url.database or url.database == ":memory:":
@@ -47,8 +49,8 @@ def without_password(address: str) -> str:
     """An address that may be shown."""
     try:
         return shown(make_url(address)) if "://" in address else address
-    except ArgumentError:
-        return address
+    except (ArgumentError, ValueError):
+        return CREDENTIALS.sub(r"\1***@", address)
 
 
 def shown(url: URL) -> str:

@@ -27,21 +27,34 @@ class Shared(Trials):
         evaluation: Evaluation,
         goes_on: Callable[[ApportionError, float], bool] | None = None,
     ) -> None:
-        """Stores a result under its content hash, unless there is one. Raises LeaseLost.
+        """`record_evaluations` of one."""
+        self.record_evaluations(lease, {key: evaluation}, goes_on)
+
+    def record_evaluations(
+        self,
+        lease: Lease,
+        done: Mapping[str, Evaluation],
+        goes_on: Callable[[ApportionError, float], bool] | None = None,
+    ) -> None:
+        """Stores each result under its content hash, unless there is one. Raises LeaseLost.
 
         Args:
             goes_on: see `Database`; None: as for everything else.
         """
-        columns = encoding.evaluation_columns(evaluation)
-        row = {"key": encoding.key_bytes(key), "created_at": database_clock()} | columns
-        use = {"study_id": lease.study_id, "evaluation_key": row["key"]}
+        rows = [
+            {"key": encoding.key_bytes(key), "created_at": database_clock()}
+            | encoding.evaluation_columns(evaluation)
+            for key, evaluation in done.items()
+        ]
 
         def work(connection: Connection) -> None:
-            if evaluation.error_class in OF_WORKERS:
-                failed = {k: columns[k] for k in ("failure", "error_class", "seconds")}
-                statements.insert_new(connection, failures, use | failed)
-            else:
-                statements.insert_new(connection, evaluations, row)
+            for row in rows:
+                if row["error_class"] in OF_WORKERS:
+                    failed = {k: row[k] for k in ("failure", "error_class", "seconds")}
+                    use = {"study_id": lease.study_id, "evaluation_key": row["key"]}
+                    statements.insert_new(connection, failures, use | failed)
+                else:
+                    statements.insert_new(connection, evaluations, row)
 
         self._write_leased(lease, work, goes_on=goes_on)
 

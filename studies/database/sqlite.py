@@ -6,20 +6,23 @@ beginning, since one that reads first and writes later fails at once where anoth
 
 import fcntl
 import os
+import random
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from apportion.errors import ApportionError, InvalidInput
 from apportion.studies.database.engine import Database, DatabaseAway, Trouble
 
 BUSY_SECONDS = 30
+ASK_SECONDS = 0.002, 0.006
 JOURNAL_BYTES = 64 * 2**20
 SETTINGS = (
     f"busy_timeout = {BUSY_SECONDS * 1000}",
@@ -84,8 +87,7 @@ class SQLite:
     def trouble(self, error: SQLAlchemyError) -> Trouble:
         """See `Server`."""
         cause = error.orig if isinstance(error, DBAPIError) else error
-        # the low byte is the primary code, the rest says more closely where it happened
-        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        code = _code(error)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             locked = f"{self.path}: another process has kept it locked for {BUSY_SECONDS} s"
             return Trouble("away", DatabaseAway(f"{locked}; try again"))
@@ -129,10 +131,41 @@ def _make_engine(path: Path) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        if statement := connection.get_execution_options()[BEGIN]:
+        statement = connection.get_execution_options()[BEGIN]
+        if statement == SQLite.writing[BEGIN]:
+            _take_turn(connection)
+        elif statement:
             connection.exec_driver_sql(statement)
 
     return engine
+
+
+def _take_turn(connection: Connection) -> None:
+    """Begin to write as soon as nobody else does.
+
+    SQLite itself asks ever less often the longer it has waited, so that those who come later go
+    first: among 16 processes one waits for many seconds. Here all ask equally often.
+    """
+    (patience,) = connection.exec_driver_sql("PRAGMA busy_timeout").one()
+    deadline = time.monotonic() + patience / 1000
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                connection.exec_driver_sql(str(SQLite.writing[BEGIN]))
+                return
+            except OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(*ASK_SECONDS))
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
+
+
+def _code(error: SQLAlchemyError) -> int:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    # the low byte is the primary code, the rest says more closely where it happened
+    return getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
 @contextmanager

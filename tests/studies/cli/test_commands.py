@@ -46,7 +46,8 @@ def test_version_and_help_succeed(tmp_path: Path) -> None:
     assert apportion("--version", cwd=tmp_path).stdout.startswith("apportion 0.")
     shown = apportion(cwd=tmp_path)
     assert shown.returncode == 0
-    for word in ("init", "sites", "check", "submit", "resume", "status", "show", "export"):
+    words = "init sites check submit resume stop status list show export verify delete gc db"
+    for word in words.split():
         assert f"\n  {word} " in shown.stdout
 
 
@@ -57,7 +58,11 @@ def test_version_and_help_succeed(tmp_path: Path) -> None:
         (["submit"], "Missing argument 'STUDY'"),
         (["submit", "no.toml"], "no.toml: no such file"),
         (["submit", "no.toml", "--workers", "0"], "--workers 0: must be at least 1"),
-        (["submit", "no.toml", "--detach"], "No such option"),
+        (["submit", "no.toml", "--detach"], "no.toml: no such file"),
+        (["submit", "no.toml", "--detached"], "No such option"),
+        (["stop", "demo"], 'no study "demo" in'),
+        (["resume", "demo", "--limit", "bits"], "--limit bits: write"),
+        (["export", "demo"], "say where to: --to FOLDER"),
         (["check", "."], ".: is a folder"),
         (["sites", "python:x"], "names no function"),
         (["sites", "./none"], "./none: no folder"),

@@ -22,7 +22,7 @@ STUDY = """
     module = types.ModuleType("apportion.studies.study")
     class Study:
         @classmethod
-        def submit(cls, spec, *, home, database, workers, display, stop):
+        def submit(cls, spec, *, display, stop, **_):
             print("library on stdout"); os.write(2, b"library on stderr\\n")
             warnings.warn("library warns")
             display.line(f"threads {os.environ['OMP_NUM_THREADS']}")

@@ -73,12 +73,16 @@ def test_status_in_one_line() -> None:
         "loss": "KL",
         "workers": 2,
         "recoveries": 1,
+        "wasted_seconds": 61.24,
+        "bill": {"done": {"executions": 400, "seconds": 900.0}},
+        "changes": ["limits.latency.here = 0.4x dense", "2 workers"],
         "cached": 37,
         "seconds_left": 1440.0,
     }
     assert status_line(status) == (
-        " running: search · 4.20 of 8.00 M tokens · best KL 0.083 · 2 workers · 1 recovery"
-        " · 37 served from earlier studies · 24 min left"
+        " running: search · 4.20 of 8.00 M tokens · best KL 0.083 · 2 workers"
+        " · 1 recovery (61.2 s of workers wasted) · changed: limits.latency.here = 0.4x dense"
+        " · changed: 2 workers · 37 evaluated before · 24 min left"
     )
 
 

@@ -91,3 +91,12 @@ def test_file_system_is_of_the_deepest_mount(monkeypatch: pytest.MonkeyPatch) ->
     assert file_system_of(Path("/a/b/c.db")) == "xfs"
     assert file_system_of(Path("/a/bc/c.db")) == "nfs"
     assert file_system_of(Path("/ab.db")) == "ext4"
+
+
+@pytest.mark.parametrize(
+    "address", ["postgresql+psycopg://me:secret@host:abc/studies", "nothing://me:secret@[host/x"]
+)
+def test_malformed_address_is_refused_without_its_password(address: str) -> None:
+    with pytest.raises(InvalidInput, match="no database address|no address of ours") as error:
+        located(address)
+    assert "secret" not in str(error.value)

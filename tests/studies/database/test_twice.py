@@ -155,8 +155,9 @@ def test_every_writing_method_is_here() -> None:
     reads += "check compact deletable garbage while_idle".split()
     writes = "acquire ask_to_stop create_study delete_study forget record_bill".split()
     writes += (
-        "record_change record_evaluation record_measurements record_proposals record_stage".split()
-    )
+        "record_change record_evaluation record_evaluations record_measurements "
+        "record_proposals record_stage"
+    ).split()
     writes += "release remove_garbage renew set_state use_evaluations".split()
     methods = {name for name in dir(Store) if not name.startswith("_")}
     assert methods - {*reads, "open", "close", "database"} == set(writes)
