@@ -1,7 +1,7 @@
 """The bank: every realized option, made once, named by what it was made from."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from apportion.errors import ApportionError
 from apportion.files import write_whole
-from apportion.hashing import content_hash
+from apportion.hashing import content_hash, file_hash
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.spaces.grammar import Option
 
 # Part of every entry's name: raise it when a compressor gives other numbers than before
 # (tests/spaces/test_bank.py holds a golden entry that notices).
 COMPRESSOR_VERSION = 1
+
+
+class NotFetched(ApportionError):
+    """An entry does not come here: the machines' fault, and not what the entry is for."""
 
 
 def entry_key(
@@ -39,19 +43,30 @@ class Bank:
     header the members' formats and shapes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, fetch: Callable[[str], tuple[bytes, str]] | None = None
+    ) -> None:
+        """Takes the folder.
 
-    def _path(self, key: str) -> Path:
+        Args:
+            folder: need not be there yet.
+            fetch: gives the bytes of an entry that is not there and their hash, or raises
+                NotFetched.
+        """
+        self.folder = folder
+        self._fetch = fetch
+
+    def path(self, key: str) -> Path:
+        """The file of an entry, there or not."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
         """Whether the entry is there."""
-        return self._path(key).is_file()
+        return self.path(key).is_file()
 
     def bytes(self, key: str) -> int:
         """Size of an entry's file; 0 if it is not there."""
-        path = self._path(key)
+        path = self.path(key)
         return path.stat().st_size if path.is_file() else 0
 
     def put(self, key: str, stored: Sequence[StoredWeight]) -> None:
@@ -67,15 +82,31 @@ class Bank:
         }
         header = [{"format": m.format.to_json(), "shape": m.shape.to_json()} for m in stored]
         content = save(tensors, metadata={"members": json.dumps(header)})
-        write_whole(self._path(key), content)
+        write_whole(self.path(key), content)
+
+    def ensure(self, key: str) -> None:
+        """Have an entry here, fetched if need be. Raises NotFetched."""
+        if self._fetch is None or self.has(key):
+            return
+        path, (content, expected) = self.path(key), self._fetch(key)
+        try:
+            write_whole(path, content)
+            if file_hash(path) != expected:
+                path.unlink(missing_ok=True)
+                raise NotFetched(f"bank entry {path} is not what was sent: the disk is faulty")
+        except OSError as error:
+            raise NotFetched(f"bank entry {path} cannot be written: {error}") from error
 
     def get(self, key: str) -> list[StoredWeight]:
-        """Read an entry, memory-mapped.
+        """Read an entry, memory-mapped; fetch it before where that is needed and possible.
 
         Raises:
-            ApportionError: the entry is missing or damaged.
+            NotFetched: the entry is not here, and does not come.
+            ApportionError: it is missing or damaged.
         """
-        path = self._path(key)
+        path = self.path(key)
+        if self._fetch is not None:
+            self.ensure(key)
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["members"])

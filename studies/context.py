@@ -21,6 +21,7 @@ from apportion.studies.evaluations import Naming, Stopped
 from apportion.studies.home import Home
 from apportion.studies.specification import StudySpec
 from apportion.workers.pool import Evaluate, Pool
+from apportion.workers.ray_cluster import RayCluster
 from apportion.workers.samples import PARTS, Part, Samples
 from apportion.workers.sources import OpenedModel
 from apportion.workers.spec import Setting, WorkerSpec, open_setting
@@ -57,7 +58,8 @@ class Context:
         spec: its specification, paths absolute.
         lease: the right to write to it.
         stop: set when the user asked to stop.
-        workers: processes that evaluate; 1: this one.
+        workers: processes that evaluate; 1: this one, unless there is a cluster.
+        cluster: where they are and where devices may be; None: all is on this machine.
         first_round: of the specification, which a resume may have changed.
         change: what of it this run changes; None: nothing, or it is stored.
         progress: what `status` tells of a search: tokens, best, recoveries.
@@ -71,6 +73,7 @@ class Context:
     display: Display
     stop: Event
     workers: int = 1
+    cluster: RayCluster | None = None
     first_round: int = 0
     change: dict[str, Any] | None = None
     progress: dict[str, Any] = field(default_factory=dict)

@@ -8,6 +8,7 @@ import time
 from sqlalchemy.engine import make_url
 
 from apportion.errors import ApportionError
+from apportion.studies.database.location import SECRETS
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
 
@@ -15,11 +16,12 @@ START_SECONDS = 120.0
 POLL_SECONDS = 0.1
 
 
-def launch(home: Home, store: Store, name: str, workers: int) -> int:
+def launch(home: Home, store: Store, name: str, workers: int, ray: str | None = None) -> int:
     """Start a process that resumes the study, and wait until it holds it.
 
     Args:
         workers: evaluations at a time.
+        ray: address of the cluster that they run on; None: this machine.
 
     Returns:
         The id of the process.
@@ -29,11 +31,12 @@ def launch(home: Home, store: Store, name: str, workers: int) -> int:
     """
     database, environment = _without_password(home)
     command = [sys.executable, "-P", "-m", "apportion", "--home", str(home.path), *database]
+    cluster = [] if ray is None else ["--ray", ray]
     output = home.log(f"{name}.out")
     with output.open("ab") as file:
         begins_at = file.tell()
         process = subprocess.Popen(
-            [*command, "resume", name, "--workers", str(workers)],
+            [*command, "resume", name, "--workers", str(workers), *cluster],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
@@ -65,8 +68,9 @@ def _without_password(home: Home) -> tuple[list[str], dict[str, str]]:
     if "://" not in home.database_url:
         return ["--database", home.database_url], environment
     url = make_url(home.database_url)
-    if url.password is not None:
-        environment["PGPASSWORD"] = url.password
-        # `set` cannot remove it
-        url = url._replace(password=None)
+    password = url.password or url.query.get("password")
+    if isinstance(password, str):
+        environment["PGPASSWORD"] = password
+    # `set` cannot remove it
+    url = url._replace(password=None).difference_update_query(SECRETS)
     return ["--database", url.render_as_string(hide_password=False)], environment

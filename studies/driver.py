@@ -24,6 +24,7 @@ from apportion.studies.pricing import Prices
 from apportion.studies.spool import Spool
 from apportion.studies.stages import compress, discover, profile
 from apportion.studies.stages.search import Candidate, Progressed, Search, check_limits
+from apportion.workers.cluster_pool import ClusterPool
 from apportion.workers.pool import InProcessPool, Pool
 from apportion.workers.ray_pool import RayPool
 from apportion.workers.spec import build_evaluator
@@ -191,7 +192,9 @@ def _pool(context: Context, index: dict[str, dict[str, str]]) -> Iterator[Pool]:
     """The workers, ended in any case."""
     spec = worker_spec(context.spec, context.home, _index_file(context, index))
     pool: Pool
-    if context.workers == 1:
+    if context.cluster is not None:
+        pool = ClusterPool(context.cluster, spec, context.workers, context.display.warning)
+    elif context.workers == 1:
         evaluator = build_evaluator(spec)
         evaluator.check()
         pool = InProcessPool(evaluator.evaluate, on_overdue=context.tell_overdue)

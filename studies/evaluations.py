@@ -104,33 +104,38 @@ class Runner:
         try:
             while running:
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in done:
-                    key = running.pop(future)
-                    yield key, self._keep(key, future)
+                kept = self._keep({running.pop(future): future for future in done})
+                yield from kept.items()
                 if self.stopped() and running:
                     self._finish_started(running)
         finally:
             for future in running:
                 future.cancel()
 
-    def _keep(self, key: str, future: "Future[Done]") -> Evaluation:
-        done = future.result()
-        evaluation = rounded(
-            Evaluation(done.losses, done.weights, done.failure, done.seconds, done.error_class)
-        )
+    def _keep(self, done: Mapping[str, "Future[Done]"]) -> dict[str, Evaluation]:
+        """Store what has ended by now, in one transaction: each waits for the disk."""
+        ended = {key: future.result() for key, future in done.items() if not future.exception()}
+        results = {key: rounded(_result(result)) for key, result in ended.items()}
         try:
-            self.store.record_evaluation(self.lease, key, evaluation, at_once)
+            if results:
+                self.store.record_evaluations(self.lease, results, at_once)
         except DatabaseAway:
-            self.spool.put(key, evaluation)
-        return evaluation
+            for key, evaluation in results.items():
+                self.spool.put(key, evaluation)
+        for future in done.values():
+            future.result()
+        return results
 
     def _finish_started(self, running: Mapping["Future[Done]", str]) -> None:
         """Cancel what has not begun, wait a little for what has, keep it."""
         left = [future for future in running if not future.cancel()]
         done, _ = wait(left, timeout=STOP_SECONDS)
-        for future in done:
-            self._keep(running[future], future)
+        self._keep({running[future]: future for future in done})
         raise Stopped
+
+
+def _result(done: Done) -> Evaluation:
+    return Evaluation(done.losses, done.weights, done.failure, done.seconds, done.error_class)
 
 
 def rounded(evaluation: Evaluation) -> Evaluation:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from apportion.cost_models.fingerprint import fingerprint_hash
 from apportion.cost_models.harness import Measurement
+from apportion.errors import InvalidInput
 from apportion.spaces.grammar import Option
 from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Evaluation
@@ -17,9 +19,7 @@ from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.stages import confirm, profile
 from apportion.studies.stages.confirm import PART, Judged
 from apportion.studies.stages.search import Candidate, best_rival, front, winner
-from apportion.workers.device_lock import processor_lock
 from apportion.workers.pool import Evaluate
-from apportion.workers.timing import run_timing
 
 MODEL_SECONDS = 1.0
 
@@ -134,6 +134,7 @@ class Judging:
                 for program, candidate in zip(programs, candidates, strict=True)
             }
             update(0, 1, f"timing {len(configurations)} whole models on '{name}'")
+            self._refuse_another(name, device.threads or 1)
             job = {
                 "kind": "compare",
                 "worker": worker_spec(self.context.spec, self.context.home, self.index_file),
@@ -142,15 +143,28 @@ class Judging:
                 "seed": self.context.spec.study.seed,
                 "configurations": configurations,
             }
-            log = self.context.home.log(self.context.spec.study.name)
-            with processor_lock().exclusive(lambda: profile.waiting(self.context, update)):
-                times = run_timing(job, device.threads or 1, lambda message: None, log)
+            times = profile.timed(
+                self.context, name, job, device.threads or 1, lambda message: None, update
+            )
             measured = {place: Measurement.from_json(found) for place, found in times.items()}
             by_device[name] = {
                 candidate.config: measured[str(programs.index(program))]
                 for program, candidate in zip(programs, candidates, strict=True)
             }
         return by_device
+
+    def _refuse_another(self, name: str, threads: int) -> None:
+        """Raises InvalidInput where a cluster has the device in another place than before."""
+        if self.context.cluster is None:
+            return
+        found = profile.fingerprint_of(self.context, name, threads)
+        profiled = self.profiled["profiles"][name]["fingerprint"]
+        if fingerprint_hash(found) != fingerprint_hash(profiled):
+            raise InvalidInput(
+                f"devices.{name}: it is another machine than the one that was profiled "
+                f"({found['cpu']}, {found['cores']} cores; then {profiled['cpu']}, "
+                f"{profiled['cores']} cores); give that node the resource again"
+            )
 
     def _program(self, device: str, candidate: Candidate) -> tuple[float, ...]:
         """What runs, as the row of every site: equal rows stem from the same measured operator.

@@ -2,7 +2,8 @@
 
 import errno
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class Run:
         stop: set to stop it: what runs ends and is stored.
         change: what of the specification is changed with this run.
         take_over: from a process that still holds the study.
+        ray: address of the Ray cluster to run on; None: this machine alone.
         setting: the opened model and data, where they are at hand.
     """
 
@@ -42,6 +44,7 @@ class Run:
     stop: Event
     change: dict[str, Any] = field(default_factory=dict)
     take_over: bool = False
+    ray: str | None = None
     setting: "Setting | None" = None
 
 
@@ -59,8 +62,9 @@ def run_study(home: Home, store: Store, study_id: int, spec: StudySpec, run: Run
 
     home.create()
     note_database(home)
-    store.database.goes_on = waiting(run.stop, run.display)
     with leased(store, study_id, run.stop, run.display, run.take_over) as lease:
+        # not before: a study that cannot be had is not waited for
+        store.database.goes_on = waiting(run.stop, run.display)
         context = Context(spec, home, store, study_id, lease, run.display, run.stop, run.workers)
         context.progress |= message_of(_row(context)) | {"workers": run.workers}
         context.first_round = first_round(store.changes(study_id))
@@ -72,7 +76,30 @@ def run_study(home: Home, store: Store, study_id: int, spec: StudySpec, run: Run
         if run.setting is not None:
             context.take(run.setting)
         _show_header(context)
-        _drive(context)
+        with _joined(context, run.ray):
+            _drive(context)
+
+
+@contextmanager
+def _joined(context: "Context", address: str | None) -> Iterator[None]:
+    """The context's cluster while the block runs."""
+    if address is None:
+        yield
+        return
+    from apportion.workers.ray_cluster import RayCluster
+
+    try:
+        cluster = RayCluster(address, context.spec.objective.threads, context.display.warning)
+    except InvalidInput:
+        # Nothing is wrong with the study; submitted now, it can be submitted again.
+        if not context.store.forget(context.lease):
+            context.say("stopped", _row(context).stage)
+        raise
+    context.cluster = cluster
+    try:
+        yield
+    finally:
+        cluster.leave()
 
 
 def message_of(row: StudyRow) -> dict[str, Any]:

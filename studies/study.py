@@ -78,6 +78,7 @@ class Study:
         workers: int = 1,
         display: Display | None = None,
         stop: Event | None = None,
+        ray: str | None = None,
     ) -> "Study":
         """Run a study to its end. A known name with the same specification starts nothing.
 
@@ -88,15 +89,17 @@ class Study:
             workers: evaluations at a time; more than one run in processes of their own.
             display: told what happens.
             stop: set it to stop: what runs ends and is stored.
+            ray: address of a Ray cluster whose nodes evaluate, "HOST:PORT"; None: this machine.
 
         Raises:
             InvalidInput: something is wrong with the specification, the model or the data, or the
-                name stands for another specification.
+                name stands for another specification; or no cluster is at that address.
         """
         display = display or QuietDisplay()
-        study, setting = cls._create(spec, _home(home, database), workers, display)
+        here = workers if ray is None else 1
+        study, setting = cls._create(spec, _home(home, database), here, display)
         if setting is not None:
-            study._run(Run(workers, display, stop or Event(), setting=setting))
+            study._run(Run(workers, display, stop or Event(), ray=ray, setting=setting))
         return study
 
     @classmethod
@@ -108,6 +111,7 @@ class Study:
         database: str | None = None,
         workers: int = 1,
         display: Display | None = None,
+        ray: str | None = None,
     ) -> "Study | None":
         """Have a study run by a process of its own, which goes on when this one ends.
 
@@ -121,10 +125,11 @@ class Study:
         from apportion.studies.detached import launch
 
         display = display or QuietDisplay()
-        study, setting = cls._create(spec, _home(home, database), workers, display)
+        here = workers if ray is None else 1
+        study, setting = cls._create(spec, _home(home, database), here, display)
         if setting is None:
             return None
-        launch(study.home, study._store, study.name, workers)
+        launch(study.home, study._store, study.name, workers, ray)
         return study
 
     @classmethod
@@ -178,6 +183,7 @@ class Study:
         limits: Mapping[str, str] | None = None,
         tokens: int | None = None,
         take_over: bool = False,
+        ray: str | None = None,
     ) -> None:
         """Continue where the study stands; nothing that is stored is done again.
 
@@ -191,6 +197,8 @@ class Study:
             limits: kind -> limit, in place of what the study file says, or beside it.
             tokens: the budget of the search, in place of what the study file says.
             take_over: from a process that still holds it; that one writes nothing any more.
+            ray: address of a Ray cluster whose nodes evaluate; None: this machine, wherever the
+                study ran before.
 
         Raises:
             InvalidInput: another process runs it, its model, data or code have changed, or what is
@@ -199,18 +207,21 @@ class Study:
         display = display or QuietDisplay()
         status = self.status()
         asked = {LIMITS: limits or {}, TOKENS: tokens, WORKERS: workers}
-        change = differing(self.spec, status["workers"], asked)
+        # a study that has not run yet, such as a detached one, has no workers to change
+        before = message_of(self._row()).get("workers", workers or 1)
+        change = differing(self.spec, int(before), asked)
         if status["state"] == FINISHED and not changes_search(change):
             display.line(f" study {self.name} is finished; nothing is left to do")
             return
+        spec = changed(self.spec, change)
         if change:
-            display.line(f" changed   {told(change)}")
+            display.line(f" resuming with {told(change)}")
         elif status["state"] != RUNNING:
             stage = status["stage"] or "its beginning"
             display.line(f" resuming at {stage}, {reports.tokens(status)}")
         workers = workers or status["workers"]
-        run = Run(workers, display, stop or Event(), change=change, take_over=take_over)
-        self._run(run, changed(self.spec, change))
+        run = Run(workers, display, stop or Event(), change, take_over, ray)
+        self._run(run, spec)
 
     def _run(self, run: Run, spec: StudySpec | None = None) -> None:
         from apportion.studies.running import run_study

@@ -12,7 +12,9 @@ class Bill:
 
     An execution lasts from when a worker's place took the work until the place is free again: a
     lost worker's replacement is part of the execution that it was lost in. So the seconds sum to
-    the time that the places were taken. What still runs is not on the bill yet.
+    the time that the places were taken. What still runs is not on the bill yet. Short work that was
+    handed to a worker together and lost with it was one execution. In a cluster the replacement is
+    on no bill: the place may wait for a node.
 
     Outcomes: "done"; "failed" (it raised twice, or the loss is not finite); "timeout", "memory" and
     "died" (the worker was lost); "cancelled" (it ran when the pool was closed).

@@ -5,6 +5,9 @@ from collections import deque
 from statistics import median
 
 RECENT = 100
+SHORT_SECONDS = 0.1
+MOST_TOGETHER = 8
+TOGETHER_SECONDS = 0.2
 
 
 class Patience:
@@ -70,3 +73,13 @@ class Patience:
         """What evaluations of so many windows took lately; None before the first."""
         with self._lock:
             return median(self._recent) * windows if self._recent else None
+
+    def together(self, windows: int) -> int:
+        """How many evaluations of so many windows to hand to a process at once.
+
+        A call costs about a millisecond, which is much beside short ones and nothing beside others.
+        """
+        usual = self.usual_seconds(windows)
+        if usual is None or usual >= SHORT_SECONDS:
+            return 1
+        return min(MOST_TOGETHER, int(TOGETHER_SECONDS / max(usual, 1e-6)))

@@ -2,19 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol
 
+from apportion.spaces.bank import NotFetched
 from apportion.workers.bill import Bill
 from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.patience import Patience
-from apportion.workers.slots import Slots, Worker
+from apportion.workers.slots import Slots
 
 __all__ = ["Evaluate", "Evaluation", "InProcessPool", "Overdue", "Pool", "attempt"]
 
 Overdue = Callable[[Evaluate, float, float], None]
+One = Callable[[Evaluate], Evaluation]
 ATTEMPTS = 2
 CLOSE_SECONDS = 2.0
 
@@ -47,7 +49,7 @@ class InProcessPool:
 
     def __init__(
         self,
-        evaluate: Worker,
+        evaluate: One,
         *,
         patience: Patience | None = None,
         on_overdue: Overdue | None = None,
@@ -84,7 +86,10 @@ class InProcessPool:
             timer.cancel()
             timer.join()
 
-    def _run(self, work: Evaluate) -> Evaluation:
+    def _run(self, works: Sequence[Evaluate]) -> list[Evaluation]:
+        return [self._run_one(work) for work in works]
+
+    def _run_one(self, work: Evaluate) -> Evaluation:
         begun = time.monotonic()
         with self._told_if_overdue(work, begun):
             result = attempt(self._evaluate, work)
@@ -108,13 +113,19 @@ class InProcessPool:
             timer.cancel()
 
 
-def attempt(evaluate: Worker, work: Evaluate) -> Evaluation:
-    """Evaluate; once more if it raises; then a failure that says what it raised."""
+def attempt(evaluate: One, work: Evaluate) -> Evaluation:
+    """Evaluate; once more if it raises; then a failure that says what it raised.
+
+    Raises:
+        NotFetched: the bank's entries do not come here.
+    """
     started = time.perf_counter()
     reason = ""
     for _ in range(ATTEMPTS):
         try:
             return evaluate(work)
+        except NotFetched:
+            raise  # no configuration may be blamed for it
         except Exception as error:  # models and losses are the user's: they raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
     return Evaluation(None, None, reason, time.perf_counter() - started, "raised")

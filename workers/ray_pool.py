@@ -9,12 +9,12 @@ from apportion.errors import ApportionError
 from apportion.workers.bill import Bill
 from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.memory import share_bytes
-from apportion.workers.patience import Patience
+from apportion.workers.patience import MOST_TOGETHER, Patience
 from apportion.workers.ray_session import start_ray, temporary_folder
 from apportion.workers.ray_worker import Build, RayWorker
 from apportion.workers.resident import ResidentWatch
 from apportion.workers.slots import Slots
-from apportion.workers.spec import WorkerSpec, build_evaluator
+from apportion.workers.spec import WorkerSpec, build_beside_others
 from apportion.workers.watchdog import start_watchdog
 
 CLOSE_SECONDS = 5.0
@@ -35,9 +35,10 @@ class RayPool:
         spec: WorkerSpec,
         workers: int,
         *,
-        build: Build = build_evaluator,
+        build: Build = build_beside_others,
         patience: Patience | None = None,
         memory_bytes: int | None = None,
+        together: int = MOST_TOGETHER,
     ) -> None:
         """Start Ray and the workers, each with its evaluator built.
 
@@ -48,6 +49,7 @@ class RayPool:
             patience: gives the time limit of an evaluation.
             memory_bytes: the most that a worker may take, mapped files apart; by default an equal
                 share of the machine's memory.
+            together: the most short evaluations that a worker is handed at once.
 
         Raises:
             ApportionError: Ray is running in this process already, or a worker does not start.
@@ -64,8 +66,13 @@ class RayPool:
         atexit.register(self.close)
         with ExitStack() as stack:
             stack.callback(self.close)
-            self._start_workers(spec, workers, build, patience or Patience())
-            self._slots = Slots([worker.evaluate for worker in self._processes], self.bill)
+            patience = patience or Patience()
+            self._start_workers(spec, workers, build, patience)
+            self._slots = Slots(
+                [worker.evaluate for worker in self._processes],
+                self.bill,
+                together=lambda work: min(together, patience.together(work.windows)),
+            )
             stack.pop_all()
 
     @property

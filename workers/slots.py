@@ -2,126 +2,57 @@
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from apportion.errors import ApportionError
-from apportion.workers.bill import Bill, Loss, Outcome
+from apportion.workers.bill import Bill, Outcome
 from apportion.workers.evaluator import Evaluate, Evaluation
+from apportion.workers.waiting import Lost, Task, Waiting
 
-Worker = Callable[[Evaluate], Evaluation]
+__all__ = ["CLOSED", "Lost", "Slots", "Worker"]
+
+Worker = Callable[[Sequence[Evaluate]], Sequence[Evaluation]]
+"""Does what it is handed, in that order, or raises `Lost`."""
 LOSSES = 2
 CLOSED = "an evaluation was given up: the pool was closed"
 
 
-class Lost(Exception):
-    """A worker was lost with its work.
-
-    Attributes:
-        outcome: how.
-        reason: the same as a part of a sentence, "took longer than 60 s".
-        replace: makes the place fit for work again, or raises ApportionError.
-        comparison: what follows the reason, "; evaluations like it take 8 s", or nothing.
-        by_work: whether the work may be the cause; not if the worker was dead before.
-    """
-
-    def __init__(
-        self,
-        outcome: Loss,
-        reason: str,
-        replace: Callable[[], None],
-        *,
-        comparison: str = "",
-        by_work: bool = True,
-    ) -> None:
-        super().__init__(reason)
-        self.outcome: Loss = outcome
-        self.reason = reason
-        self.replace = replace
-        self.comparison = comparison
-        self.by_work = by_work
-
-
-@dataclass
-class _Task:
-    work: Evaluate
-    future: "Future[Evaluation]" = field(default_factory=Future)
-    seconds: float = 0.0
-    losses: list[Lost] = field(default_factory=list)
-    avoided: int | None = None
-
-    def begin(self) -> bool:
-        """Whether it is still wanted."""
-        return self.future.running() or self.future.set_running_or_notify_cancel()
-
-    def abandon(self) -> None:
-        if not self.future.cancel():
-            self.future.set_exception(ApportionError(CLOSED))
-
-    def failure(self) -> Evaluation:
-        """What is known after the last loss."""
-        first, last = self.losses[0], self.losses[-1]
-        same = first.reason == last.reason
-        told = f"{last.reason} twice" if same else f"{first.reason}, then {last.reason}"
-        return Evaluation(None, None, told + last.comparison, self.seconds, last.outcome)
-
-
-class _Waiting:
-    """Tasks in their order. A place does not get back what it lost, unless there is no other."""
-
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self._tasks: deque[_Task] = deque()
-        self._changed = threading.Condition()
-        self.closed = False
-
-    def put(self, task: _Task) -> bool:
-        """Whether it was taken in. What was begun before comes before what was not."""
-        with self._changed:
-            if self.closed:
-                return False
-            if task.future.running():
-                self._tasks.appendleft(task)
-            else:
-                self._tasks.append(task)
-            self._changed.notify_all()
-            return True
-
-    def take(self, place: int) -> _Task | None:
-        """Waits for a task; None when closed."""
-        with self._changed:
-            while not self.closed:
-                for task in self._tasks:
-                    if task.avoided != place or self._places == 1:
-                        self._tasks.remove(task)
-                        return task
-                self._changed.wait()
-            return None
-
-    def close(self) -> list[_Task]:
-        """Gives the tasks that nobody took."""
-        with self._changed:
-            self.closed = True
-            left = list(self._tasks)
-            self._tasks.clear()
-            self._changed.notify_all()
-            return left
+def alone(work: Evaluate) -> int:
+    """One at a time."""
+    return 1
 
 
 class Slots:
     """A thread for each worker that takes from one queue.
 
     Work that is lost with its worker is done once more, in another place if there is one; lost
-    again, it is a failure.
+    again, it is a failure. Of several that are lost together nobody knows which was the cause:
+    each is done again alone, as if for the first time.
     """
 
-    def __init__(self, workers: Sequence[Worker], bill: Bill) -> None:
-        """Takes workers, which may raise `Lost`, and the bill to enter each execution in."""
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        bill: Bill,
+        *,
+        together: Callable[[Evaluate], int] = alone,
+        begin: Callable[[int], None] | None = None,
+    ) -> None:
+        """Takes the workers.
+
+        Args:
+            workers: do the work; may raise `Lost`.
+            bill: each execution is entered there.
+            together: how many like this one a worker may be handed at once.
+            begin: makes a place, given by its number, fit for work; may take as long as it likes.
+                What it raises ends the place, and with the last place all work.
+        """
         self._bill = bill
-        self._waiting = _Waiting(len(workers))
-        self._begun: dict[int, float] = {}
+        self._together = together
+        self._begin = begin
+        self._waiting = Waiting(len(workers), are_here=begin is None)
+        self._begun: dict[int, tuple[float, int]] = {}
         self._lock = threading.Lock()
         # Daemons: an evaluation that still runs must not hold up the end of the process.
         self._threads = [
@@ -132,16 +63,20 @@ class Slots:
             thread.start()
 
     def submit(self, work: Evaluate) -> "Future[Evaluation]":
-        """Queue work for the next free worker. Raises ApportionError after `cancel_waiting`."""
-        task = _Task(work)
+        """Queue work for the next free worker.
+
+        Raises:
+            ApportionError: after `cancel_waiting`, or no place is left.
+        """
+        task = Task(work)
         if not self._waiting.put(task):
-            raise ApportionError("the pool is closed")
+            raise self._waiting.error or ApportionError("the pool is closed")
         return task.future
 
     def cancel_waiting(self) -> None:
         """Cancel what no worker has taken, and let each thread end after what it has."""
         for task in self._waiting.close():
-            task.abandon()
+            _abandon(task)
 
     def join(self, seconds: float) -> None:
         """Wait for the threads to end; what still runs then is billed as cancelled."""
@@ -151,46 +86,91 @@ class Slots:
             self._settle(place, "cancelled")
 
     def _serve(self, place: int, worker: Worker) -> None:
-        while (task := self._waiting.take(place)) is not None:
-            if task.begin():
-                self._begun[place] = time.monotonic()
-                self._execute(place, worker, task)
+        if self._begin is not None:
+            begin = self._begin
+            self._man(place, lambda: begin(place))
+        while taken := self._waiting.take(place, self._together):
+            tasks = [task for task in taken if task.begin()]
+            if tasks:
+                self._begun[place] = time.monotonic(), len(tasks)
+                self._execute(place, worker, tasks)
 
-    def _execute(self, place: int, worker: Worker, task: _Task) -> None:
+    def _man(self, place: int, make: Callable[[], None]) -> None:
+        """Wait until a place is fit for work, or leaves for good."""
         try:
-            result = worker(task.work)
+            make()
+        except BaseException as error:
+            for task in self._waiting.leave(place, error):
+                _fail(task, error)
+        else:
+            self._waiting.arrive(place)
+
+    def _execute(self, place: int, worker: Worker, tasks: Sequence[Task]) -> None:
+        try:
+            results = worker([task.work for task in tasks])
         except Lost as lost:
-            self._recover(place, task, lost)
+            self._recover(place, tasks, lost)
         except BaseException as error:  # the future's owner must hear of it, or waits forever
             self._settle(place, "cancelled" if self._waiting.closed else "failed")
-            task.future.set_exception(error)
+            for task in tasks:
+                task.future.set_exception(error)
         else:
-            self._settle(place, "done" if result.failure is None else "failed")
-            task.future.set_result(result)
+            outcomes: list[Outcome] = ["done" if r.failure is None else "failed" for r in results]
+            self._settle(place, *outcomes)
+            for task, result in zip(tasks, results, strict=True):
+                task.future.set_result(result)
 
-    def _recover(self, place: int, task: _Task, lost: Lost) -> None:
-        """Before the work goes on: so the bill of what is finished is complete."""
+    def _recover(self, place: int, tasks: Sequence[Task], lost: Lost) -> None:
+        if lost.place_may_wait:
+            self._waiting.depart(place)
+            self._redo(place, tasks, lost, self._settle(place, lost.outcome))
+            self._man(place, lost.replace)
+            return
         try:
+            # Before the work goes on: so the bill of what is finished is complete.
             lost.replace()
         except BaseException as error:
             self._settle(place, lost.outcome)
-            task.future.set_exception(error)
+            for task in tasks:
+                task.future.set_exception(error)
             return
-        task.seconds += self._settle(place, lost.outcome)
-        if lost.by_work:
-            task.losses.append(lost)
-            task.avoided = place
-        if len(task.losses) == LOSSES:
-            task.future.set_result(task.failure())
-        elif not self._waiting.put(task):
-            task.abandon()
+        self._redo(place, tasks, lost, self._settle(place, lost.outcome))
 
-    def _settle(self, place: int, outcome: Outcome) -> float:
-        """Enter what the place was busy with; nothing where that was done before."""
+    def _redo(self, place: int, tasks: Sequence[Task], lost: Lost, seconds: float) -> None:
+        # From the last: each goes before those that wait.
+        for task in reversed(tasks):
+            task.seconds += seconds
+            if lost.by_work and len(tasks) > 1:
+                task.is_alone = True
+            elif lost.by_work:
+                task.losses.append(lost)
+                task.avoided = place
+            if len(task.losses) == LOSSES:
+                task.future.set_result(task.failure())
+            elif not self._waiting.put(task):
+                _fail(task, self._waiting.error or ApportionError(CLOSED))
+
+    def _settle(self, place: int, *outcomes: Outcome) -> float:
+        """Enter what the place was busy with; nothing where that was done before.
+
+        One outcome stands for all that was handed over together, as one execution. Gives the
+        seconds of each work.
+        """
         with self._lock:
-            begun = self._begun.pop(place, None)
-        if begun is None:
+            begun, count = self._begun.pop(place, (0.0, 0))
+        if not count:
             return 0.0
         seconds = time.monotonic() - begun
-        self._bill.add(outcome, seconds)
-        return seconds
+        for outcome in outcomes:
+            self._bill.add(outcome, seconds / len(outcomes))
+        return seconds / count
+
+
+def _abandon(task: Task) -> None:
+    if not task.future.cancel():
+        task.future.set_exception(ApportionError(CLOSED))
+
+
+def _fail(task: Task, error: BaseException) -> None:
+    if task.begin():
+        task.future.set_exception(error)

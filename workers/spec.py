@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -19,7 +19,20 @@ from apportion.workers.evaluator import Budgets, Evaluator
 from apportion.workers.objectives import Objective, open_objective
 from apportion.workers.realized import Index, RealizedStore
 from apportion.workers.samples import Part, Samples
+from apportion.workers.shared_weights import share_weights
 from apportion.workers.sources import OpenedModel, open_data, open_model
+
+
+class Origin(TypedDict):
+    """Where the bank's entries come from that a node of a cluster lacks.
+
+    Keys:
+        node: Ray's id of the driver's node.
+        bank: the bank's folder there.
+    """
+
+    node: str
+    bank: str
 
 
 class WorkerSpec(TypedDict):
@@ -37,6 +50,7 @@ class WorkerSpec(TypedDict):
         index: a JSON file, site -> option -> key of the bank's entry.
         base: the folder that relative paths start from.
         budgets: bytes of each cache (`Budgets`); what is left out has its default.
+        origin: of what the bank lacks; left out where the bank is whole.
     """
 
     source: str
@@ -53,6 +67,7 @@ class WorkerSpec(TypedDict):
     index: str
     base: str
     budgets: dict[str, int]
+    origin: NotRequired[Origin]
 
 
 @dataclass(frozen=True)
@@ -118,13 +133,35 @@ def build_evaluator(spec: WorkerSpec) -> Evaluator:
         OSError: the index cannot be read.
     """
     torch.set_num_threads(spec["threads"])
+    return _evaluator(spec, open_setting(spec))
+
+
+def build_beside_others(spec: WorkerSpec) -> Evaluator:
+    """The same in a process that is not the machine's only one: weights are there once for all.
+
+    Raises:
+        InvalidInput, OSError: like `build_evaluator`.
+    """
+    torch.set_num_threads(spec["threads"])
     setting = open_setting(spec)
+    share_weights(setting.opened.model, Path(spec["bank"]).with_name("cache"))
+    return _evaluator(spec, setting)
+
+
+def open_bank(spec: WorkerSpec) -> Bank:
+    """The bank; what it lacks is fetched from the specification's origin."""
+    from apportion.workers.bank_fetching import fetcher
+
+    return Bank(Path(spec["bank"]), fetcher(spec["origin"]) if "origin" in spec else None)
+
+
+def _evaluator(spec: WorkerSpec, setting: Setting) -> Evaluator:
     budgets = Budgets(**spec["budgets"])
     return Evaluator(
         setting.opened,
         setting.space,
         setting.blocks,
-        RealizedStore(Bank(Path(spec["bank"])), read_index(spec), budgets.realized),
+        RealizedStore(open_bank(spec), read_index(spec), budgets.realized),
         setting.objective,
         setting.open_part,
         chunk_windows=spec["batch"],

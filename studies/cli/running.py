@@ -1,5 +1,6 @@
 """Commands that run a study or end its run: submit, resume, stop."""
 
+import shlex
 import time
 from collections.abc import Callable
 from threading import Event
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from apportion.studies.study import Study
 
 Workers = Annotated[int, typer.Option(metavar="N", help="Evaluations at a time.")]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="HOST:PORT of a Ray cluster that evaluates."),
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A study's name.")]
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.2
@@ -40,6 +45,7 @@ def submit(
     detach: Annotated[
         bool, typer.Option("--detach", help="Return at once; the study goes on by itself.")
     ] = False,
+    ray: Ray = None,
 ) -> None:
     """Run a study to its end, from its file."""
     _check_workers(workers)
@@ -51,17 +57,25 @@ def submit(
 
         home = session.home
         if detach:
-            study = Study.submit_detached(spec, home=home, workers=workers, display=display)
+            study = Study.submit_detached(
+                spec, home=home, workers=workers, display=display, ray=ray
+            )
             if study is not None:
-                _show_next(session, display, spec.study.name)
+                _show_next(session, display, spec.study.name, ray)
             return
 
         def work(stop: Event) -> "Study":
             return Study.submit(
-                spec, home=home, database=home.database, workers=workers, display=display, stop=stop
+                spec,
+                home=home,
+                database=home.database,
+                workers=workers,
+                display=display,
+                stop=stop,
+                ray=ray,
             )
 
-        _run(session, display, work)
+        _run(session, display, work, ray)
 
 
 def resume(
@@ -80,6 +94,7 @@ def resume(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="From a process that is stuck and still holds it.")
     ] = False,
+    ray: Ray = None,
 ) -> None:
     """Continue a study where it ended; needs no file. What is changed is recorded."""
     from apportion.studies.study import Study
@@ -100,10 +115,11 @@ def resume(
                 limits=limits,
                 tokens=tokens,
                 take_over=take_over,
+                ray=ray,
             )
             return study
 
-        _run(session, display, work)
+        _run(session, display, work, ray)
 
 
 def stop(
@@ -137,15 +153,23 @@ def _check_workers(workers: int) -> None:
         raise InvalidInput(f"--workers {workers}: must be at least 1")
 
 
-def _show_next(session: Session, display: Display, name: str) -> None:
+def _show_next(session: Session, display: Display, name: str, ray: str | None) -> None:
     display.line(f" submitted {name}")
     for word, command in NEXT:
-        display.line(f"   {word:8} {session.home.command(command.format(name))}")
+        line = session.home.command(command.format(name))
+        display.line(f"   {word:8} {line}{_on(ray) if word == 'resume' else ''}")
 
 
-def _run(session: Session, display: Display, work: Callable[[Event], "Study"]) -> None:
+def _on(ray: str | None) -> str:
+    """What says again where a study is to run: it is not stored."""
+    return "" if ray is None else f" --ray {shlex.quote(ray)}"
+
+
+def _run(
+    session: Session, display: Display, work: Callable[[Event], "Study"], ray: str | None
+) -> None:
     """Run `work` until it ends or is interrupted, and show what came out."""
-    resume_line = f" to go on: {session.home.command(f'resume {session.study}')}"
+    resume_line = f" to go on: {session.home.command(f'resume {session.study}')}{_on(ray)}"
     with interruptible(lambda text: display.warning(text)) as stop:
         try:
             study = work(stop)

@@ -19,7 +19,8 @@ from apportion.studies.evaluations import Stopped
 from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.specification.sections import Device
 from apportion.workers.device_lock import processor_lock
-from apportion.workers.timing import run_timing
+from apportion.workers.device_timing import fingerprint_on, run_timing_on
+from apportion.workers.timing import Send, run_timing
 
 
 def run(context: Context) -> Output:
@@ -49,7 +50,9 @@ def _profile(context: Context, name: str, device: Device) -> Profile:
     is_recorded = device.kind == "recorded"
     with context.display.stage("profile") as bar:
         try:
-            profile = _recorded(context, device) if is_recorded else _measured(context, device, bar)
+            profile = (
+                _recorded(context, device) if is_recorded else _measured(context, name, device, bar)
+            )
         except InvalidInput as reason:
             raise InvalidInput(f"devices.{name}: {reason}") from reason
         error = f"{100 * profile.mean_error:.1f} %"
@@ -93,9 +96,9 @@ def request_of(device: Device) -> list[dict[str, Any]]:
     return [item.model_dump(mode="json", exclude_none=True) for item in device.request]
 
 
-def _measured(context: Context, device: Device, bar: Stage) -> Profile:
+def _measured(context: Context, name: str, device: Device, bar: Stage) -> Profile:
     threads = device.threads or 1
-    key = fingerprint_hash(fingerprint(threads))
+    key = fingerprint_hash(fingerprint_of(context, name, threads))
 
     def hear(message: dict[str, Any]) -> None:
         if "record" in message:
@@ -113,16 +116,49 @@ def _measured(context: Context, device: Device, bar: Stage) -> Profile:
         "seed": context.spec.study.seed,
         "uniforms": list(uniform_configs(context.model, context.setting.space).values()),
     }
-    log = context.home.log(context.spec.study.name)
-    with processor_lock().exclusive(lambda: waiting(context, bar.update)):
-        return Profile.from_json(run_timing(job, threads, hear, log))
+    return Profile.from_json(timed(context, name, job, threads, hear, bar.update))
+
+
+def fingerprint_of(context: Context, name: str, threads: int) -> dict[str, Any]:
+    """Of the machine that has the device: a node of the cluster, or this one."""
+    cluster = context.cluster
+    node = None if cluster is None else cluster.node_of(name)
+    if cluster is None or node is None:
+        return fingerprint(threads)
+    return fingerprint_on(cluster, node, threads)
+
+
+def timed(
+    context: Context, name: str, job: dict[str, Any], threads: int, hear: Send, update: Any
+) -> dict[str, Any]:
+    """Run a timing job where its device is, alone there.
+
+    Raises:
+        InvalidInput, ApportionError: like `run_timing`.
+        Stopped: the user asked to stop.
+    """
+    cluster = context.cluster
+    node = None if cluster is None else cluster.node_of(name)
+    if cluster is None or node is None:
+        log = context.home.log(context.spec.study.name)
+        with processor_lock().exclusive(lambda: waiting(context, update)):
+            return run_timing(job, threads, hear, log)
+
+    def go_on() -> None:
+        if context.stop.is_set():
+            raise Stopped
+
+    def wait() -> None:
+        waiting(context, update)
+
+    return run_timing_on(cluster, node, name, job, threads, hear, wait, go_on)
 
 
 def waiting(context: Context, update: Any) -> None:
     """Told while another process holds the processor. Raises Stopped."""
     if context.stop.is_set():
         raise Stopped
-    update(0, 1, "waiting: another study evaluates or times on this machine")
+    update(0, 1, "waiting: another study evaluates or times on the device")
 
 
 def prices(context: Context, output: Output) -> Prices:

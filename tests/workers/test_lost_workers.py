@@ -85,6 +85,7 @@ def pool(spec: WorkerSpec, folder: Path) -> Iterator[RayPool]:
             build=build,
             patience=patience,
             memory_bytes=800 * 10**6,
+            together=1,  # what is lost is counted here
         )
     yield made
     made.close()

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -28,11 +28,11 @@ class Losing:
         self.losses = losses
         self.calls = 0
 
-    def __call__(self, work: Evaluate) -> Evaluation:
+    def __call__(self, work: Sequence[Evaluate]) -> list[Evaluation]:
         self.calls += 1
         if self.losses:
             raise self.losses.pop(0)
-        return DONE
+        return [DONE for _ in work]
 
 
 def test_lost_work_is_done_once_more_in_another_place() -> None:
@@ -94,7 +94,7 @@ def test_no_replacement_is_an_error_of_the_work_and_billed_as_the_loss() -> None
 def test_work_that_is_lost_while_the_pool_closes_is_given_up() -> None:
     begun, closed = threading.Event(), threading.Event()
 
-    def worker(work: Evaluate) -> Evaluation:
+    def worker(work: Sequence[Evaluate]) -> list[Evaluation]:
         begun.set()
         closed.wait(10)
         raise lost()
@@ -113,10 +113,10 @@ def test_work_that_is_lost_while_the_pool_closes_is_given_up() -> None:
 def test_what_still_runs_at_the_end_is_billed_once() -> None:
     begun, released, bill = threading.Event(), threading.Event(), Bill()
 
-    def worker(work: Evaluate) -> Evaluation:
+    def worker(work: Sequence[Evaluate]) -> list[Evaluation]:
         begun.set()
         released.wait(10)
-        return DONE
+        return [DONE]
 
     slots = Slots([worker], bill)
     future = slots.submit(WORK)
@@ -132,11 +132,11 @@ def test_what_still_runs_at_the_end_is_billed_once() -> None:
 def test_bill_is_the_time_of_a_place_that_never_rests() -> None:
     losses = [Lost("timeout", "", lambda: time.sleep(0.1)), Lost("died", "", lambda: None)]
 
-    def worker(work: Evaluate) -> Evaluation:
+    def worker(work: Sequence[Evaluate]) -> list[Evaluation]:
         time.sleep(0.05)
         if losses:
             raise losses.pop()
-        return DONE
+        return [DONE]
 
     bill = Bill()
     slots = Slots([worker], bill)
@@ -147,3 +147,81 @@ def test_bill_is_the_time_of_a_place_that_never_rests() -> None:
     assert [result.error_class for result in results] == ["timeout"] + [None] * 7
     assert bill.busy_seconds == pytest.approx(wall, rel=0.02)
     assert bill.wasted_seconds == pytest.approx(0.2, rel=0.3)
+
+
+class Counting:
+    """A worker that is handed several at once, and may be held."""
+
+    def __init__(self) -> None:
+        self.handed: list[int] = []
+        self.held = threading.Event()
+
+    def __call__(self, works: Sequence[Evaluate]) -> list[Evaluation]:
+        self.handed.append(len(works))
+        self.held.wait(10)
+        return [DONE for _ in works]
+
+
+def test_short_work_goes_together_and_leaves_enough_for_others() -> None:
+    places, bill = [Counting(), Counting()], Bill()
+    slots = Slots(places, bill, together=lambda work: 4)
+    first = [slots.submit(WORK) for _ in range(2)]
+    while sum(len(place.handed) for place in places) < 2:
+        time.sleep(0.01)
+    rest = [slots.submit(WORK) for _ in range(6)]
+    for place in places:
+        place.held.set()
+    assert all(future.result(10) is DONE for future in [*first, *rest])
+    assert sum(sum(place.handed) for place in places) == bill.entries()["done"][0] == 8
+    assert all(max(place.handed) in (2, 3) for place in places if len(place.handed) > 1)
+
+
+def test_of_what_is_lost_together_nothing_is_blamed() -> None:
+    poison = Evaluate({"a": "poison"}, "search", 0, 8)
+    bill, held = Bill(), threading.Event()
+
+    def worker(works: Sequence[Evaluate]) -> list[Evaluation]:
+        held.wait(10)
+        if poison in works:
+            raise lost()
+        return [DONE for _ in works]
+
+    slots = Slots([worker], bill, together=lambda work: 8)
+    futures = [slots.submit(work) for work in (WORK, WORK, poison, WORK)]
+    held.set()
+    classes = [future.result(10).error_class for future in futures]
+    assert classes == [None, None, "died", None]
+    assert bill.entries()["done"][0] == 3
+    assert bill.entries()["died"][0] in (2, 3)  # with others, and twice alone
+
+
+def test_work_waits_for_no_place_that_waits_itself() -> None:
+    """The place that lost it is the only one here, so it gets it back."""
+    come, losses = threading.Event(), [lost(place_may_wait=True)]
+    places = [Losing(losses), Losing([])]
+
+    def begin(place: int) -> None:
+        if place == 1:
+            come.wait(10)
+
+    slots = Slots(places, Bill(), begin=begin)
+    assert slots.submit(WORK).result(10) is DONE
+    assert places[0].calls == 2
+    come.set()
+
+
+def test_lost_work_does_not_wait_for_the_next_worker() -> None:
+    come = threading.Event()
+    losses = [Lost("died", "", lambda: come.wait(10) and None, place_may_wait=True)]  # type: ignore[func-returns-value]
+    slots = Slots([Losing(losses), Losing(losses)], Bill())
+    assert slots.submit(WORK).result(5) is DONE
+    come.set()
+
+
+def test_last_place_that_leaves_takes_all_work_with_it() -> None:
+    def begin(place: int) -> None:
+        raise ApportionError("no node is fit")
+
+    slots = Slots([Losing([]), Losing([])], Bill(), begin=begin)
+    with pytest.raises(ApportionError, match="no node is fit"):
+        slots.submit(WORK).result(10)
