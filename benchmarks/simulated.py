@@ -7,6 +7,7 @@ a function of the configuration and the slice alone, so that every run must come
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from postgresql_server import PostgreSQLServer
 
 from apportion.hashing import content_hash
 from apportion.kernels.formats import LayerShape
@@ -164,6 +166,48 @@ def run(plan: Plan, store: Store, pool: Pool, spool: Path) -> None:
                     store.set_state(lease, "running", "search", f'{{"tokens": {progress.tokens}}}')
                     store.record_bill(lease, pool.bill.entries())
         store.set_state(lease, "done", "", "{}")
+
+
+@contextmanager
+def database(engine: str, folder: Path) -> Iterator[str]:
+    """The address of a database of one's own."""
+    if engine == "sqlite":
+        yield str(folder / "studies.db")
+        return
+    server = PostgreSQLServer()
+    try:
+        server.start()
+        yield server.url()
+    finally:
+        server.remove()
+
+
+def path_of(store: Store, name: str) -> list[Any]:
+    """The ordered trials of a study with their losses; None instead of a failure's."""
+    study = store.find_study(name)
+    assert study is not None
+    trials = store.trials(study.id)
+    done = store.evaluations({trial.evaluation_key for trial in trials})
+    losses = {
+        key: None if found.losses is None else found.losses.tolist() for key, found in done.items()
+    }
+    return [
+        [t.number, t.configuration, t.first_window, t.windows, t.origin,
+         losses.get(t.evaluation_key)]
+        for t in trials
+    ]  # fmt: skip
+
+
+def undisturbed(plan: Plan) -> list[Any]:
+    """The path of a study in this process, without a pause."""
+    with tempfile.TemporaryDirectory() as name:
+        store = Store.open(Path(name) / "studies.db")
+        pool = InProcessPool(Simulated(plan.sites, 0.0, "").evaluate)
+        run(plan, store, pool, Path(name) / "spool")
+        pool.close()
+        found = path_of(store, plan.name)
+        store.close()
+    return found
 
 
 def build(spec: Any) -> Simulated:
