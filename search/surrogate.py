@@ -17,7 +17,7 @@ from apportion.search.problem import Config, Floats, Problem
 SHARED, SITE, OWN = 0.5, 0.3, 0.3  # prior standard deviations of a factor's three parts
 NOISES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the relative residual; chosen by leaving one out
 LEAST_FACTOR = 0.05
-MOST = 1000  # observations: a fit takes the cube of their number
+MOST = 700  # observations: a fit takes the cube of their number
 FLOOR = 0.02  # a one-option loss below this share of the median one is taken to be noise
 
 
