@@ -17,7 +17,11 @@ from apportion.studies.home import Home
 Journey = Any
 LONGEST_S = 180.0
 STORE_BYTES = 80 * 1024**2
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+}
 FAR = """
 [devices.far]
 kind = "cpu"

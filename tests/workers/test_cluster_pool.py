@@ -62,6 +62,8 @@ def machines(folder: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # read when ray is imported, for this process and its later pools
+        patch.setenv("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
         patch.setenv("PYTHONPATH", str(folder))
         patch.syspath_prepend(folder)
         from ray.cluster_utils import Cluster
@@ -168,7 +170,9 @@ def test_work_is_not_blamed_for_its_node(
         assert counts(pool) == {"died": losses}
     (folder / "go_on").touch()
     assert future.result(60).failure is None
-    assert told == [f"node {socket.gethostname()} is gone; its work is done by others"] * 3
+    gone = f"node {socket.gethostname()} is gone; its work is done by others"
+    # where the next node is slow to come, it is also told that there is none
+    assert [text for text in told if not text.startswith("no worker is alive")] == [gone] * 3
 
 
 def test_pool_goes_on_with_the_workers_that_have_room(node: Any, pool_of: Any) -> None:

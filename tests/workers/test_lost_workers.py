@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.patience import Patience
 from apportion.workers.ray_pool import RayPool
 from apportion.workers.spec import WorkerSpec
+from apportion.workers.watchdog import marked
 
-Descendants = Callable[[int], set[int]]
 # Its behavior is in the configuration: `act`, and a file `once` that the first try takes away.
 SIMULATED = """
 import os, signal, subprocess, time
@@ -178,12 +178,10 @@ def test_worker_that_cannot_be_replaced_is_an_error(pool: RayPool, folder: Path)
     assert [future.result(60).failure for future in futures] == [None] * 3
 
 
-def test_closing_ends_a_stopped_worker_and_bills_it(
-    pool: RayPool, folder: Path, descendants: Descendants
-) -> None:
+def test_closing_ends_a_stopped_worker_and_bills_it(pool: RayPool, folder: Path) -> None:
     """The last test: it closes the pool of this file."""
     before = pool.bill.entries()
-    ours = descendants(os.getpid())
+    assert marked(str(pool._folder))
     (folder / "pid").unlink()
     stopped, waiting = act(pool, "hang"), [act(pool, "hang") for _ in range(3)]
     deadline = time.monotonic() + 30
@@ -198,7 +196,6 @@ def test_closing_ends_a_stopped_worker_and_bills_it(
         stopped.result(1)
     assert waiting[-1].cancelled()
     assert changes(pool, before) == {"cancelled": 2}
-    left = ours & descendants(os.getpid())
-    assert not left
+    assert not marked(str(pool._folder))
     with pytest.raises(ApportionError, match="closed"):
         act(pool, "work")
