@@ -24,39 +24,12 @@ from _report import Claim, at_most, table, write
 from postgresql_server import PostgreSQLServer
 
 from apportion.studies.database import Store
-from apportion.workers.pool import InProcessPool
 
 STUDY = dict(name="away", solver="evopress", sites=40, evaluations=150, windows=16)
 CELLS = (("stopped", 300.0), ("killed", 30.0))
 POLL_SECONDS = 0.05
 MOST_SECONDS = 900.0
 Row = dict[str, Any]
-
-
-def path_of(store: Store) -> list[Any]:
-    """The ordered trials with their losses, as they must be."""
-    study = store.find_study(STUDY["name"])
-    assert study is not None
-    trials = store.trials(study.id)
-    done = store.evaluations({t.evaluation_key for t in trials}, study.id)
-    return [
-        (t.number, t.configuration, t.first_window, t.windows, t.origin,
-         done[t.evaluation_key].losses.tolist() if t.evaluation_key in done else None)
-        for t in trials
-    ]  # fmt: skip
-
-
-def undisturbed() -> list[Any]:
-    """The path of a study in this process, without a pause."""
-    with tempfile.TemporaryDirectory() as name:
-        store = Store.open(Path(name) / "studies.db")
-        evaluator = simulated.Simulated(STUDY["sites"], 0.0, "")
-        pool = InProcessPool(evaluator.evaluate)
-        simulated.run(simulated.Plan(**STUDY), store, pool, Path(name) / "spool")
-        pool.close()
-        found = path_of(store)
-        store.close()
-    return found
 
 
 def trials_of(store: Store) -> int:
@@ -96,7 +69,7 @@ def cell(how: str, seconds: float, expected: list[Any]) -> Row:
         until(store, before + 1, driver)
         resumed = time.monotonic() - back
         status = driver.wait(MOST_SECONDS)
-        found = path_of(store)
+        found = simulated.path_of(store, STUDY["name"])
         executions = log.read_text().split()
         return {
             "server": how,
@@ -132,7 +105,7 @@ def claims(rows: list[Row]) -> list[Claim]:
 
 def main() -> None:
     """Both cells, then the claims."""
-    expected = undisturbed()
+    expected = simulated.undisturbed(simulated.Plan(**STUDY))
     rows = [cell(how, seconds, expected) for how, seconds in CELLS]
     table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
     write("outage", 1, rows, claims(rows))

@@ -105,8 +105,7 @@ class Bank:
             ApportionError: it is missing or damaged.
         """
         path = self.path(key)
-        if self._fetch is not None:
-            self.ensure(key)
+        self.ensure(key)
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["members"])

@@ -13,6 +13,7 @@ from apportion.errors import ApportionError, InvalidInput
 from apportion.workers import ray_actor
 from apportion.workers.processes import THREAD_VARIABLES
 from apportion.workers.ray_actor import Whereabouts
+from apportion.workers.ray_session import keep_quiet
 
 CONNECT_SECONDS = 5.0
 DEVICE = "device:"
@@ -144,9 +145,7 @@ class RayCluster:
 def _join(address: str, threads: int) -> Any:
     """The module `ray`. Raises InvalidInput."""
     _refuse_unreachable(address)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # That a worker died is in the bill; Ray would print a paragraph into the user's output.
-    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"
+    keep_quiet()
     import ray
     from ray import cloudpickle
 

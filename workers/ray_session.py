@@ -54,14 +54,19 @@ def start_ray(folder: Path, workers: int, threads: int) -> Any:
     return ray
 
 
-def _configure() -> None:
-    """What Ray reads when it is imported."""
+def keep_quiet() -> None:
+    """What Ray reads when it is imported, so that it tells nobody anything."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # That a worker died is in the bill; Ray would print a paragraph into the user's output.
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"
+
+
+def _configure() -> None:
+    """What a Ray of our own reads beside that."""
+    keep_quiet()
     # What Ray does on macOS: it listens on the loopback interface only. Asked for 127.0.0.1 it
     # takes the machine's address and listens to the world.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # That a worker died is in the bill; Ray would print a paragraph into the user's output.
-    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"
     # A token for this run only, in memory: Ray would write a lasting one into the user's home.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -99,7 +99,7 @@ class Slots:
         """Wait until a place is fit for work, or leaves for good."""
         try:
             make()
-        except BaseException as error:
+        except BaseException as error:  # in a thread nobody else would hear of it
             for task in self._waiting.leave(place, error):
                 _fail(task, error)
         else:
@@ -129,7 +129,7 @@ class Slots:
         try:
             # Before the work goes on: so the bill of what is finished is complete.
             lost.replace()
-        except BaseException as error:
+        except BaseException as error:  # goes to those who wait for the work
             self._settle(place, lost.outcome)
             for task in tasks:
                 task.future.set_exception(error)

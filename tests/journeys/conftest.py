@@ -283,3 +283,13 @@ def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Journey:
     ended = journey.submit()
     assert (ended.status, ended.error) == (0, "")
     return journey
+
+
+@pytest.fixture
+def slow(journey: Journey) -> Iterator[Journey]:
+    """A study that a test can make slow; what it started is ended."""
+    journey.slowed(0.5)
+    yield journey
+    for process in journey.processes():
+        process.kill()
+    assert journey.nothing_left()

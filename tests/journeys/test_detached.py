@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -14,16 +13,6 @@ import pytest
 
 Journey = Any
 RESUME = " to go on: apportion resume tiny"
-
-
-@pytest.fixture
-def slow(journey: Journey) -> Iterator[Journey]:
-    """A study that a test can make slow; what it started is ended."""
-    journey.slowed(0.5)
-    yield journey
-    for process in journey.processes():
-        process.kill()
-    assert journey.nothing_left()
 
 
 def hold(journey: Journey) -> None:

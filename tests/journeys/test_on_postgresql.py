@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,6 @@ from sqlalchemy.engine import make_url
 
 Journey = Any
 WAITS = "the study waits, results are kept"
-
-
-@pytest.fixture
-def slow(journey: Journey) -> Iterator[Journey]:
-    """A study that a test can make slow; what it started is ended."""
-    journey.slowed(0.5)
-    yield journey
-    for process in journey.processes():
-        process.kill()
-    assert journey.nothing_left()
 
 
 def password_of(address: str) -> str:

@@ -19,8 +19,10 @@ def refuse() -> None:
 
 def test_evaluations_share(tmp_path: Path) -> None:
     one, two = DeviceLock(tmp_path, "cpu"), DeviceLock(tmp_path, "cpu")
-    with one.shared(refuse), two.shared(refuse):
-        pass
+    third = DeviceLock(tmp_path, "cpu")
+    with one.shared(refuse), two.shared(refuse), pytest.raises(WaitedError):
+        with third.exclusive(refuse):
+            pass
 
 
 def test_timing_waits_for_evaluations(tmp_path: Path) -> None:
@@ -52,8 +54,9 @@ def test_all_wait_for_timing(tmp_path: Path, kind: str) -> None:
 
 def test_devices_do_not_wait_for_each_other(tmp_path: Path) -> None:
     one, two = DeviceLock(tmp_path, "cpu"), DeviceLock(tmp_path, "cuda-0")
-    with one.exclusive(refuse), two.exclusive(refuse):
-        pass
+    with one.exclusive(refuse), two.exclusive(refuse), pytest.raises(WaitedError):
+        with DeviceLock(tmp_path, "cpu").exclusive(refuse):
+            pass
 
 
 def test_killed_holder_holds_nothing(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_release_of_lost_lease_leaves_the_new_one(store: Store, lease: Lease) ->
     new = store.acquire(lease.study_id, 60)
     store.release(lease)
     store.renew(new)
+    assert store.studies()[0].is_owned
 
 
 def test_lease_of_a_removed_study_is_none_of_its_successors(store: Store, lease: Lease) -> None:

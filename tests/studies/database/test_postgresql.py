@@ -1,5 +1,6 @@
 """A server that is in the way, away for a while, or not to be reached at all."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -32,7 +33,7 @@ def stopped(postgresql: Any) -> Iterator[Callable[[], None]]:
 def _status(server: Any) -> str:
     try:
         return str(server.sql("SELECT 1"))
-    except Exception:
+    except subprocess.CalledProcessError:
         return "no server"
 
 
