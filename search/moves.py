@@ -64,8 +64,10 @@ def repair(
     while not problem.feasible(config):
         gain = relief(problem, config)
         helps = gain > LEAST
-        if frozen and helps[[s for s in range(problem.sites) if s not in frozen]].any():
-            helps[list(frozen)] = False
+        if frozen:
+            elsewhere = helps.copy()
+            elsewhere[list(frozen)] = False
+            helps = elsewhere if elsewhere.any() else helps
         sites = np.flatnonzero(helps.any(axis=1))
         if not sites.size:
             return None

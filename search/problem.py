@@ -61,6 +61,10 @@ class Problem:
         return levels
 
     @cached_property
+    def _rows(self) -> NDArray[np.int64]:
+        return np.arange(self.sites)
+
+    @cached_property
     def present(self) -> NDArray[np.bool_]:
         """[sites, options] what may be chosen: no padding, finite costs, not known to fail."""
         present = np.arange(self.loss.shape[1]) < self.count[:, None]
@@ -95,7 +99,9 @@ class Problem:
 
     def void(self, config: Config) -> NDArray[np.bool_]:
         """[sites] whether a site above drops, so that this one no longer exists."""
-        dropped = self.drops[np.arange(self.sites), np.asarray(config, dtype=np.int64)]
+        if len(self.levels) == 1:
+            return np.zeros(self.sites, dtype=np.bool_)
+        dropped = self.drops[self._rows, np.asarray(config, dtype=np.int64)]
         void = np.zeros(self.sites, dtype=np.bool_)
         for level in self.levels[1:]:
             above = self.parent[level]
@@ -104,6 +110,8 @@ class Problem:
 
     def canonical(self, config: Config) -> Config:
         """The configuration with `neutral` at every void site."""
+        if len(self.levels) == 1:
+            return tuple(np.asarray(config).tolist())
         return tuple(np.where(self.void(config), self.neutral, config).tolist())
 
     def total(self, kind: str, config: Config) -> float:
@@ -127,7 +135,7 @@ class Problem:
         `config` is canonical. Dropping a site takes away all below it, keeping it again brings
         them back neutral. Void sites and options that may not be chosen are inf.
         """
-        rows, chosen = np.arange(self.sites), np.asarray(config, dtype=np.int64)
+        rows, chosen = self._rows, np.asarray(config, dtype=np.int64)
         void, dropped = self.void(config), self.drops[rows, chosen]
         held, fresh = values[rows, chosen].copy(), values[rows, self.neutral].copy()
         held[void] = 0.0
@@ -143,5 +151,5 @@ class Problem:
 
     def summed(self, values: Floats, config: Config) -> float:
         """The sum of `values` [sites, options] over the sites that are not void."""
-        chosen = values[np.arange(self.sites), np.asarray(config, dtype=np.int64)]
+        chosen = values[self._rows, np.asarray(config, dtype=np.int64)]
         return float(chosen[~self.void(config)].sum())

@@ -6,8 +6,10 @@ posterior, and mutations of the best configuration that the table favours join t
 raced: all on a part of the full slice, another for each batch, the best few on the whole of it.
 """
 
+from typing import Any
+
 from apportion.search.ledger import Ledger, Measuring
-from apportion.search.memory import Difference, Memory, applied, differences
+from apportion.search.memory import Memory, applied, differences
 from apportion.search.moves import mutate
 from apportion.search.problem import Config, Floats, Problem
 from apportion.search.solver import Proposal, SearchSlice, Strategy
@@ -98,14 +100,15 @@ class Hybrid:
 
     def _candidates(self, number: int) -> dict[Config, str]:
         """New feasible configurations with their origins: exact answers, then mutations."""
-        neutral = self.problem.neutral_config
 
-        def compute() -> list[tuple[str, Difference]]:
+        def compute() -> list[Any]:
             found = self._proposed(number)
-            return list(zip(found.values(), differences(neutral, list(found)), strict=True))
+            first = next(iter(found), ())
+            return [first, list(found.values()), differences(first, list(found))]
 
-        named = self.memory.recall(f"hybrid:b{number}", compute)
-        return {applied(neutral, difference): origin for origin, difference in named}
+        first, origins, found = self.memory.recall(f"hybrid:batch{number}", compute)
+        configs = [applied(first, difference) for difference in found]
+        return dict(zip(configs, origins, strict=True))
 
     def _proposed(self, number: int) -> dict[Config, str]:
         model, found, rng = self._corrected(), dict[Config, str](), self.memory.rng
