@@ -5,6 +5,7 @@ are read, the search is replayed from its stored trials, and only what was in fl
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,13 +123,19 @@ def _search_round(
     def run() -> Output:
         with context.display.stage("search") as bar:
             told, unit = "nothing to do", context.spec.data.unit
+            since, replayed = time.monotonic(), 0
             for progress in search.run(trials, state, found):
                 told = _told(progress, search.settings.tokens, unit)
                 bar.update(progress.tokens, search.settings.tokens, told)
                 context.progress |= {"tokens": progress.tokens, "best": progress.best}
                 context.progress["cached"] = context.progress.get("cached", 0) + progress.reused
                 if progress.is_new:
+                    pace = (time.monotonic() - since) / (progress.tokens - replayed)
+                    left = pace * (search.settings.tokens - progress.tokens)
+                    context.progress["seconds_left"] = left
                     context.say("running", "search", pool=runner.pool)
+                else:
+                    since, replayed = time.monotonic(), progress.tokens
             bar.end(told)
         return {"candidates": [_candidate_json(c) for c in found]}
 

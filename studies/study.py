@@ -266,8 +266,10 @@ class Study:
         row = self._row()
         message = message_of(row)
         bill = self._store.bill(self._id)
+        listed = study_row(self._store, row)
+        is_searching = (listed["state"], listed["stage"]) == ("running", "search")
         return Status(
-            **study_row(self._store, row),
+            **listed,
             loss=loss_name(self.spec),
             workers=int(message.get("workers", 1)),
             recoveries=sum(bill[outcome][0] for outcome in OF_WORKERS if outcome in bill),
@@ -275,7 +277,7 @@ class Study:
             bill={outcome: {"executions": n, "seconds": s} for outcome, (n, s) in bill.items()},
             changes=[told(change.values) for change in self.changes()],
             cached=int(message.get("cached", 0)),
-            seconds_left=None,
+            seconds_left=message.get("seconds_left") if is_searching else None,
         )
 
     def show(self) -> Report:

@@ -94,6 +94,7 @@ class Status(StudyRow):
     cached: int
     """Evaluations that earlier studies had done."""
     seconds_left: float | None
+    """While it searches, as fast as it has searched so far."""
 
 
 class Latency(TypedDict):

@@ -89,8 +89,8 @@ class SQLite:
         cause = error.orig if isinstance(error, DBAPIError) else error
         code = _code(error)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            locked = f"{self.path}: another process has kept it locked for {BUSY_SECONDS} s"
-            return Trouble("away", DatabaseAway(f"{locked}; try again"))
+            waited = f"another process has kept it locked for more than {BUSY_SECONDS} s"
+            return Trouble("away", DatabaseAway(f"{self.path}: {waited}; try again"))
         return Trouble("final", _told(code, " ".join(str(cause).split()), self.path))
 
 

@@ -133,6 +133,7 @@ def test_follow_to_the_end_in_pipe_and_terminal(slow: Journey) -> None:
     hold(slow)
     with slow.process("status", "tiny", "--follow", "--json") as pipe:
         first = json.loads(pipe.stdout.readline())
+        slow.until(lambda: (slow.status()["seconds_left"] or 0.0) > 0.0)
         with slow.terminal("status", "tiny", "--follow") as terminal:
             terminal.wait_for("running: search")
             terminal.type("\x03")
@@ -145,8 +146,9 @@ def test_follow_to_the_end_in_pipe_and_terminal(slow: Journey) -> None:
         out, error = pipe.communicate(timeout=60)
     assert (status, pipe.returncode, error) == (0, 0, "")
     assert said.splitlines()[-1].startswith(" finished · ")
+    last = json.loads(out.splitlines()[-1])
     assert first["state"] == "running"
-    assert json.loads(out.splitlines()[-1])["state"] == "finished"
+    assert (last["state"], last["seconds_left"]) == ("finished", None)
 
 
 def test_taken_over_from_a_driver_that_is_stuck(slow: Journey, finished: Journey) -> None:
