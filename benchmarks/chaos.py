@@ -14,9 +14,9 @@ most what was in flight: a struck worker's evaluation; of a struck driver one of
 one more: what ended while earlier results were being written, or what a continued driver hands out
 before it hears that it has lost the study.
 
-Assumptions. "uniform" ends after a few evaluations. "ilp", "greedy" and "hybrid" measure a table
-first, of as many sites as make 3,000 evaluations; "evopress" ends with its generation.
-"optuna:tpe" is asked for a fifth: it reads its whole history for every proposal.
+Assumptions. "uniform" ends after a few evaluations. "ilp" and "greedy" measure a table, of as many
+sites as make 3,000 evaluations, and little else; "evopress" ends with its generation. "optuna:tpe"
+is asked for a fifth: it reads its whole history for every proposal.
 
 Ceiling: no time of the evaluator is lost but what was in flight. Besides, each new driver starts
 Ray and its workers, 5 to 15 s of two cores. Resumable by cell.
@@ -48,7 +48,7 @@ NAME, WINDOWS = "chaos", 16
 ENGINES = ("sqlite", "postgresql")
 PLANS: dict[str, Callable[[int], tuple[int, int]]] = {
     "evopress": lambda wanted: (40, round(0.357 * wanted)),
-    "hybrid": lambda wanted: (round(0.13 * wanted), round(0.95 * wanted)),
+    "hybrid": lambda wanted: (40, round(0.26 * wanted)),
     "ilp": lambda wanted: (round((wanted - 32) / 7), 2 * wanted),
     "greedy": lambda wanted: (round((wanted - 16) / 7), 2 * wanted),
     "optuna:nsga2": lambda wanted: (40, wanted),
