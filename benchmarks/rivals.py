@@ -29,8 +29,9 @@ from _report import HOME, ROOT, Claim, at_most, code, table, write
 from apportion.studies.cli.display import Display
 from apportion.studies.cli.session import Session
 from apportion.studies.home import Home
+from apportion.studies.progress import FINISHED
 from apportion.studies.specification import StudySpec, load
-from apportion.studies.study import FINISHED, Study
+from apportion.studies.study import Study
 
 STUDY_FILE = ROOT / "examples" / "demo" / "study.toml"
 README = ROOT / "README.md"

@@ -40,8 +40,9 @@ from apportion.studies.cli.session import Session
 from apportion.studies.database.rows import Evaluation, Lease, TrialRow
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
+from apportion.studies.progress import FINISHED
 from apportion.studies.specification import StudySpec, load
-from apportion.studies.study import FINISHED, Study
+from apportion.studies.study import Study
 from apportion.workers.processes import THREAD_VARIABLES
 
 SOLVERS = ("uniform", "ilp", "evopress", "hybrid")

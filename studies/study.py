@@ -1,6 +1,5 @@
 """A study as a user holds it: submit, resume, look at its front, export. Imports nothing heavy."""
 
-import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +23,15 @@ from apportion.studies.cli.display import Display, QuietDisplay
 from apportion.studies.cli.records import CheckReport, Report, SiteRow, Status, StudyRow
 from apportion.studies.database.rows import Change
 from apportion.studies.database.rows import StudyRow as StoredStudy
-from apportion.studies.database.shared import OF_WORKERS
 from apportion.studies.database.store import Store
 from apportion.studies.holding import NOW
 from apportion.studies.home import Home
+from apportion.studies.progress import FINISHED, RUNNING, loss_name, status_of, study_row
 from apportion.studies.running import Run, message_of
 from apportion.studies.specification import StudySpec, difference, load
 
 if TYPE_CHECKING:
     from apportion.workers.spec import Setting
-
-FINISHED, RUNNING = "finished", "running"
-WASTED = (*OF_WORKERS, "cancelled")
 
 
 @dataclass(frozen=True)
@@ -263,22 +259,7 @@ class Study:
 
     def status(self) -> Status:
         """How far the study is."""
-        row = self._row()
-        message = message_of(row)
-        bill = self._store.bill(self._id)
-        listed = study_row(self._store, row)
-        is_searching = (listed["state"], listed["stage"]) == ("running", "search")
-        return Status(
-            **listed,
-            loss=loss_name(self.spec),
-            workers=int(message.get("workers", 1)),
-            recoveries=sum(bill[outcome][0] for outcome in OF_WORKERS if outcome in bill),
-            wasted_seconds=sum(bill[outcome][1] for outcome in WASTED if outcome in bill),
-            bill={outcome: {"executions": n, "seconds": s} for outcome, (n, s) in bill.items()},
-            changes=[told(change.values) for change in self.changes()],
-            cached=int(message.get("cached", 0)),
-            seconds_left=message.get("seconds_left") if is_searching else None,
-        )
+        return status_of(self._store, self._row(), self.spec)
 
     def show(self) -> Report:
         """The front, the uniform configurations, the winner and its rival.
@@ -389,33 +370,6 @@ def sites(source: str | StudySpec) -> list[SiteRow]:
     from apportion.studies.listing import site_rows
 
     return site_rows(source)
-
-
-def study_row(store: Store, row: StoredStudy) -> StudyRow:
-    """A stored study as `list` prints it."""
-    spec = in_force(StudySpec(**row.specification), store.changes(row.id))
-    message = message_of(row)
-    state = {"done": FINISHED, "failed": "failed"}.get(row.state, "interrupted")
-    if row.is_owned:  # also while its model is being opened
-        state = RUNNING
-    best = message.get("best")
-    created = datetime.datetime.fromtimestamp(row.created_at, datetime.UTC)
-    return StudyRow(
-        name=row.name,
-        state=state,
-        stage=row.stage or None,
-        tokens_spent=int(message.get("tokens", 0)),
-        tokens=spec.search.tokens,
-        unit=spec.data.unit,
-        best_loss=best if isinstance(best, float) else None,
-        created=created.isoformat(timespec="seconds"),
-    )
-
-
-def loss_name(spec: StudySpec) -> str:
-    """The objective as tables name it."""
-    names = {"kl": "KL", "perplexity": "perplexity", "accuracy": "error rate"}
-    return names.get(spec.objective.loss, "loss")
 
 
 def _home(home: Home | str | Path | None, database: str | None) -> Home:
