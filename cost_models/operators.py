@@ -175,7 +175,7 @@ def _biases(model: nn.Module, site: Site) -> tuple[bool, ...]:
 
 def nonzeros_of(option: Option, shape: LayerShape) -> int | None:
     """Stored entries of one weight under a sparse option; None under any other."""
-    if option.sparsity is None or isinstance(option.sparsity, tuple):
+    if option.sparsity is None:
         return None
     return shape.weights - removed_count(option.sparsity, shape.weights)
 

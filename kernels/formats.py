@@ -6,11 +6,12 @@ The tensors of a `StoredWeight` for a matrix [out, in], by format:
 |---|---|
 | plain | `weight` [out, in] in `dtype` |
 | sparse | `mask` uint8 [ceil(out * in / 8)], `values` [nonzeros] in `dtype`, row by row |
-| integers | `codes` uint8 [ceil(n * bits / 8)], n = out * in (when sparse: the nonzeros, and `mask`), `scale` bfloat16 [out, groups], `zero` bfloat16 [out, groups] unless symmetric |
+| integers | `codes` uint8 [ceil(n * bits / 8)], of ternary [ceil(n / 5)], n = out * in (when sparse: the nonzeros, and `mask`), `scale` bfloat16 [out, groups], `zero` bfloat16 [out, groups] unless symmetric |
 | low rank | `left` [out, rank] and `right` [rank, in] in `dtype` |
 | residual, with any but low rank | `residual_left` [out, k] and `residual_right` [k, in] in bfloat16 |
 
-An integer code q stands for w = (q - 2^(bits - 1)) * scale + zero.
+An integer code q stands for w = (q - 2^(bits - 1)) * scale + zero, a ternary one for
+w = (q - 1) * scale.
 """  # noqa: E501 (a table row cannot be broken)
 
 import math
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InvalidInput
-from apportion.kernels.packing import CODE_BITS, packed_bytes, unpack_mask
+from apportion.kernels.codes import CODE_BITS, TERNARY_BITS
+from apportion.kernels.packing import packed_bytes, unpack_mask
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -74,9 +76,9 @@ class Format:
 
     Args:
         dtype: "float32", "bfloat16" or "float16": of what is not integer, and of the computation.
-        bits: 2, 3, 4 or 8 bits per integer code; None: no integers.
+        bits: Bits per integer code, one of `CODE_BITS` (1.58: ternary); None: no integers.
         group: Inputs that share a scale; None: one scale per output row.
-        symmetric: Codes have no zero.
+        symmetric: Codes have no zero; ternary ones never have.
         activation_bits: 8: inputs are quantized per token; None: they are not.
         sparse: Only the nonzeros are stored, with a mask.
         rank: Inner dimension of a low-rank pair that stands for the matrix; None: no pair.
@@ -87,7 +89,7 @@ class Format:
     """
 
     dtype: str
-    bits: int | None = None
+    bits: float | None = None
     group: int | None = None
     symmetric: bool = False
     activation_bits: int | None = None
@@ -208,6 +210,8 @@ def _contradiction(format: Format) -> str | None:
         return f"{format.bits} bits are not stored; known: {', '.join(map(str, CODE_BITS))}"
     if format.bits is None and (format.group or format.symmetric or format.activation_bits):
         return "groups, symmetry and integer activations need integer weights"
+    if format.bits == TERNARY_BITS and not format.symmetric:
+        return "ternary codes have no zero: they are symmetric"
     if format.group is not None and format.group < 1:
         return f"group {format.group} is not positive"
     if format.activation_bits is not None:

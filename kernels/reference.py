@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apportion.errors import ApportionError
+from apportion.kernels.codes import middle
 from apportion.kernels.formats import ConvGeometry, Format, LayerShape, StoredWeight
 from apportion.kernels.packing import unpack_codes, unpack_mask
 
@@ -30,12 +31,15 @@ def reference_weight(stored: StoredWeight) -> Tensor:
 
 
 def weight_codes(stored: StoredWeight) -> Tensor:
-    """Signed codes q - 2^(bits - 1) of an integer weight, int16 [out, in]; 0 where masked out."""
+    """Signed codes of an integer weight, int16 [out, in]: q - 2^(bits - 1), of ternary q - 1.
+
+    0 where masked out.
+    """
     bits = stored.format.bits
     if bits is None:
         raise ApportionError("a weight without integers has no codes")
     count = stored.shape.weights if stored.nonzeros is None else stored.nonzeros
-    codes = unpack_codes(stored.tensors["codes"], bits, count).to(torch.int16) - 2 ** (bits - 1)
+    codes = unpack_codes(stored.tensors["codes"], bits, count).to(torch.int16) - middle(bits)
     return _spread(stored, codes)
 
 

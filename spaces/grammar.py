@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from apportion.errors import InvalidInput
+from apportion.kernels.codes import CODE_BITS, TERNARY_BITS
 
 STRUCTURE_NAMES = ("keep", "drop")
 NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
@@ -21,24 +22,27 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "c": (),
     "s": ("magnitude", "wanda"),
     "r": ("svd", "whitened"),
-    "w": ("rtn",),
+    "w": ("rtn", "hqq"),
     "residual": ("svd", "whitened"),
 }
-WITHOUT_STATISTICS = ("magnitude", "svd")
-REALIZED_BITS = (2, 3, 4, 8)
+WITHOUT_STATISTICS = ("magnitude", "svd", "hqq")
+WITH_ZEROS = ("hqq",)
+"""Methods that fit the zeros, and so are for weights that have some."""
+ALWAYS_SYMMETRIC = (TERNARY_BITS, 8)
+BITS = "weights have 1 to 8 bits, or 1.58 (ternary)"
 
 _OPERATION = re.compile(r"op:([A-Za-z0-9_.-]+)")
 _STEP = re.compile(
     r"(?:(?P<percent_step>[csr])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
     r"|(?P<kept>[0-9]{1,9}):(?P<of>[0-9]{1,9})"
-    r"|w(?P<bits>[0-9]{1,9})(?:a(?P<activation_bits>[0-9]{1,9}))?"
+    r"|w(?P<bits>[0-9]{1,9}(?:\.[0-9]{1,9})?)(?:a(?P<activation_bits>[0-9]{1,9}))?"
     r"(?:g(?P<group>[0-9]{1,9})(?P<symmetric>s?))?"
     r"|r(?P<residual_rank>[0-9]{1,9}))"
     r"(?::(?P<method>[^+:]*))?"
 )
 _FORMS = {"c": "cP%", "s": "sP%", "r": "rP%, or rK at the end", "w": "wN[a8][gK[s]]"}
-_SPELLINGS = (*NAMES, "op:NAME", "c75%", "s50%", "2:4", "r50%", "r16", "w2g64", "w3g64", "w4",
-              "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8")  # fmt: skip
+_SPELLINGS = (*NAMES, "op:NAME", "c75%", "s50%", "2:4", "r50%", "r16", "w1.58g64", "w2g64",
+              "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,13 @@ class Option:
     sparsity: Decimal | tuple[int, int] | None = None
     """The percentage of weights removed, or (n, m): n of every m weights are kept."""
     rank_percent: Decimal | None = None
-    bits: int | None = None
+    bits: float | None = None
+    """Whole, or `TERNARY_BITS`."""
     activation_bits: int | None = None
     group: int | None = None
     """Inputs per scale; None: one scale per output channel."""
     symmetric: bool = False
-    """No zero point: every 8-bit option, and below 8 bits those with `s` after the group."""
+    """No zero point: ternary and 8-bit options, others where `s` follows the group."""
     residual_rank: int | None = None
     methods: tuple[tuple[str, str], ...] = ()
     """(step, method) in the order of `STEPS`, only those that were asked for."""
@@ -85,7 +90,8 @@ class Option:
             return ""
         activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
         group = "" if self.group is None else f"g{self.group}"
-        suffix = "s" if self.symmetric and self.group is not None and self.bits < 8 else ""
+        plain = self.group is None or self.bits in ALWAYS_SYMMETRIC
+        suffix = "s" if self.symmetric and not plain else ""
         return f"w{self.bits}{activations}{group}{suffix}"
 
     @property
@@ -144,6 +150,16 @@ def _check_whole(text: str, option: Option, seen: list[str]) -> None:
         raise _wrong(text, f"steps go in the order {ORDER}: {option}")
     if str(option) != text:
         raise _wrong(text, f"write {option}")
+    method = dict(option.methods).get("w")
+    if method in WITH_ZEROS and option.symmetric:
+        raise _wrong(text, f"{method} fits zeros, symmetric weights have none: {_fitting(option)}")
+
+
+def _fitting(option: Option) -> Option:
+    """The same with zeros where its bits can have them, else without a method for its weights."""
+    if option.bits not in ALWAYS_SYMMETRIC:
+        return replace(option, symmetric=False)
+    return replace(option, methods=tuple(pair for pair in option.methods if pair[0] != "w"))
 
 
 def _parse_step(text: str, part: str) -> tuple[str, dict[str, Any], str | None]:
@@ -180,9 +196,10 @@ def _pattern(text: str, part: str, kept: str, of: str) -> tuple[int, int]:
 
 
 def _weight_fields(text: str, part: str, match: re.Match[str]) -> dict[str, Any]:
-    bits, group = int(match["bits"]), match["group"]
-    if not 1 <= bits <= 8:
-        raise _wrong(text, "weights have 1 to 8 bits", part)
+    group = match["group"]
+    bits = _bits(match["bits"])
+    if bits is None:
+        raise _wrong(text, BITS, part)
     if match["activation_bits"] not in (None, "8"):
         raise _wrong(text, f"activations have 8 bits: w{bits}a8", part)
     if group is not None and int(group) < 1:
@@ -191,8 +208,16 @@ def _weight_fields(text: str, part: str, match: re.Match[str]) -> dict[str, Any]
         "bits": bits,
         "activation_bits": match["activation_bits"] and 8,
         "group": group and int(group),
-        "symmetric": bits == 8 or match["symmetric"] == "s",
+        "symmetric": bits in ALWAYS_SYMMETRIC or match["symmetric"] == "s",
     }
+
+
+def _bits(digits: str) -> float | None:
+    """1 to 8, an int, or `TERNARY_BITS`; None for any other number."""
+    bits = Decimal(digits)
+    if bits == Decimal(str(TERNARY_BITS)):
+        return TERNARY_BITS
+    return int(bits) if bits % 1 == 0 and 1 <= bits <= 8 else None
 
 
 def _method(text: str, part: str, step: str, method: str | None) -> str | None:
@@ -227,14 +252,13 @@ def unrealized(option: Option) -> str | None:
         return f"{option}: choice blocks (op:NAME) are not realized yet"
     if option.keep_percent is not None:
         return f"{option}: keeping a share of channels (cP%) is not realized yet"
-    if isinstance(option.sparsity, tuple):
-        return f"{option}: N:M sparsity is not realized yet; realized: sP%"
     if option.rank_percent is not None and len(option.steps) > 1:
         alone = replace(option, sparsity=None, bits=None, group=None, residual_rank=None)
         alone = replace(alone, activation_bits=None, symmetric=False, methods=())
         return f"{option}: rank together with other steps is not realized yet; realized: {alone}"
-    if option.bits is not None and option.bits not in REALIZED_BITS:
-        return f"{option}: {option.bits} bits are not realized yet; realized: w2, w3, w4, w8"
+    if option.bits is not None and option.bits not in CODE_BITS:
+        realized = ", ".join(f"w{bits}" for bits in CODE_BITS)
+        return f"{option}: {option.bits} bits are not realized yet; realized: {realized}"
     if option.activation_bits is not None and (option.steps != ("w",) or option.group is not None):
         return f"{option}: int8 activations are realized only as w8a8"
     if option.activation_bits is not None and option.bits != 8:

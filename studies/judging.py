@@ -363,11 +363,10 @@ def _known(value: float) -> float | None:
 
 
 def _zeros(option: Option) -> float:
-    return (
-        float(option.sparsity) / 100
-        if option.sparsity and not isinstance(option.sparsity, tuple)
-        else 0.0
-    )
+    if isinstance(option.sparsity, tuple):
+        kept, of = option.sparsity
+        return 1 - kept / of
+    return float(option.sparsity) / 100 if option.sparsity else 0.0
 
 
 def _kept_by_rank(option: Option) -> float:

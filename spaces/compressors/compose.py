@@ -12,10 +12,11 @@ from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.kernels.packing import pack_codes, pack_mask
 from apportion.kernels.reference import reference_weight
 from apportion.spaces.compressors.factorize import low_rank, rank_of
+from apportion.spaces.compressors.hqq import hqq
 from apportion.spaces.compressors.quantize import quantize
 from apportion.spaces.compressors.residual import residual_pair
-from apportion.spaces.compressors.sparsify import keep_largest, keep_wanda
-from apportion.spaces.grammar import WITHOUT_STATISTICS, Option, unrealized
+from apportion.spaces.compressors.sparsify import keep_largest, keep_pattern, keep_wanda
+from apportion.spaces.grammar import ALWAYS_SYMMETRIC, WITHOUT_STATISTICS, Option, unrealized
 
 NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULTS = {"s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}
@@ -66,6 +67,10 @@ def refusal(option: Option, shape: LayerShape, rank_multiple: int = RANK_MULTIPL
     if option.group is not None and inputs % option.group:
         fitting = ", ".join(_fitting_groups(option, inputs))
         return f"group {option.group} does not divide {inputs} inputs; nearest: {fitting}"
+    if isinstance(option.sparsity, tuple) and (
+        reason := _pattern_refusal(option, option.sparsity, shape)
+    ):
+        return reason
     if option.rank_percent is not None or option.residual_rank is not None:
         return _rank_refusal(option, shape, rank_multiple)
     return None
@@ -78,8 +83,27 @@ def _fitting_groups(option: Option, inputs: int) -> list[str]:
     nearest = [group for group in groups if group < wanted][-1:]
     nearest += [group for group in groups if group > wanted][:1]
     if not nearest:
-        return [str(replace(option, group=None, symmetric=option.bits == 8))]
+        return [str(replace(option, group=None, symmetric=option.bits in ALWAYS_SYMMETRIC))]
     return [str(replace(option, group=group)) for group in nearest]
+
+
+def _pattern_refusal(option: Option, pattern: tuple[int, int], shape: LayerShape) -> str | None:
+    """Why N:M cannot be had: M has to divide the inputs, and these have to be channels."""
+    n, m = pattern
+    percent = round(Decimal(100 * (m - n)) / m, 1)
+    share = replace(option, sparsity=min(max(percent, Decimal("0.1")), Decimal("99.9")))
+    if shape.conv is not None and shape.conv.kernel != (1, 1):
+        rows, columns = shape.conv.kernel
+        return f"{n}:{m} is realized for kernels of 1 x 1, not {rows} x {columns}; nearest: {share}"
+    inputs = shape.in_features
+    if inputs % m == 0:
+        return None
+    sizes = [size for size in range(2, inputs + 1) if inputs % size == 0]
+    nearest = [size for size in sizes if size < m][-1:] + [size for size in sizes if size > m][:1]
+    patterns = [(min(size - 1, max(1, round(Decimal(n * size) / m))), size) for size in nearest]
+    fitting = [replace(option, sparsity=pattern) for pattern in patterns] or [share]
+    told = ", ".join(map(str, fitting))
+    return f"{n}:{m} needs a multiple of {m} inputs, not {inputs}; nearest: {told}"
 
 
 def _rank_refusal(option: Option, shape: LayerShape, rank_multiple: int) -> str | None:
@@ -169,7 +193,7 @@ def realize(
         return StoredWeight(format, shape, _named(("left", "right"), pair, format.torch_dtype))
     kept = _kept(weight, option, methods, moment)
     plain = replace(format, residual_rank=None)
-    stored = StoredWeight(plain, shape, _entries(weight, plain, kept, moment))
+    stored = StoredWeight(plain, shape, _entries(weight, plain, kept, moment, methods.get("w")))
     if format.residual_rank is None:
         return stored
     whitening = moment if methods["residual"] == "whitened" else None
@@ -196,25 +220,35 @@ def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None
 def _kept(
     weight: Tensor, option: Option, methods: Mapping[str, str], moment: Tensor | None
 ) -> Tensor | None:
-    """bool [out, in], the weights that sP% leaves; None where nothing is removed."""
-    if not isinstance(option.sparsity, Decimal):
+    """bool [out, in], the weights that sP% or N:M leaves; None where nothing is removed."""
+    if option.sparsity is None:
         return None
-    if methods["s"] == "wanda" and moment is not None:
-        return keep_wanda(weight, option.sparsity, moment)
-    return keep_largest(weight, option.sparsity)
+    seen = moment if methods["s"] == "wanda" else None
+    if isinstance(option.sparsity, tuple):
+        return keep_pattern(weight, option.sparsity, seen)
+    if seen is None:
+        return keep_largest(weight, option.sparsity)
+    return keep_wanda(weight, option.sparsity, seen)
 
 
 def _entries(
-    weight: Tensor, format: Format, kept: Tensor | None, moment: Tensor | None
+    weight: Tensor,
+    format: Format,
+    kept: Tensor | None,
+    moment: Tensor | None,
+    method: str | None,
 ) -> dict[str, Tensor]:
-    """The tensors of everything but low rank and residual."""
+    """The tensors of everything but low rank and residual; `method` is that of the step w."""
     mask = {} if kept is None else {"mask": pack_mask(kept.flatten())}
     if format.bits is None:
         name = "weight" if kept is None else "values"
         values = weight if kept is None else weight[kept]
         return mask | {name: values.to(format.torch_dtype, copy=True).contiguous()}
-    importance = None if moment is None else moment.diagonal()
-    quantized = quantize(weight, format.bits, format.group, format.symmetric, kept, importance)
+    if method == "hqq":
+        quantized = hqq(weight, format.bits, format.group, kept)
+    else:
+        importance = None if moment is None else moment.diagonal()
+        quantized = quantize(weight, format.bits, format.group, format.symmetric, kept, importance)
     codes = quantized.codes.flatten() if kept is None else quantized.codes[kept]
     zero = {} if quantized.zero is None else {"zero": quantized.zero}
     return mask | {"codes": pack_codes(codes, format.bits), "scale": quantized.scale} | zero

@@ -6,12 +6,17 @@ error, each input weighted by its mean square. Per group, a grid of clipped rang
 (clipping search, as in OmniQuant and AWQ), the best few are refined by alternating least squares
 (scale and zero given the codes, codes given scale and zero), and the least error ever seen wins;
 the plain minimum-maximum range is on the grid, so the result is never worse than it.
+
+Ternary codes (bits 1.58) stand for w = (q - 1) * scale; their scale is the exact optimum (Ternary
+Weight Networks, Li and others, 2016, section 3.2, with weighted errors), rounded to bfloat16.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from apportion.kernels.codes import TERNARY_BITS
 
 SHRINKS = tuple(1 - 0.12 * step for step in range(6))
 STARTS = 3
@@ -33,7 +38,7 @@ class Quantized:
 class _Grid:
     """The integers that codes less 2^(bits - 1) may take."""
 
-    bits: int
+    bits: float
     symmetric: bool
 
     @property
@@ -47,7 +52,7 @@ class _Grid:
 
 def quantize(
     weight: Tensor,
-    bits: int,
+    bits: float,
     group: int | None = None,
     symmetric: bool = False,
     kept: Tensor | None = None,
@@ -57,7 +62,7 @@ def quantize(
 
     Args:
         weight: float32 [out, in], finite.
-        bits: Bits per code, 2 to 8.
+        bits: Bits per code, 2 to 8, or 1.58: ternary, whose zeros are 0.
         group: Inputs that share a scale; must divide `in`. None: all inputs of a row.
         symmetric: No zeros. Below 8 bits a scale may be negative, so that the one code more
             lies on the side of the larger weights; at 8 bits the code -128 is not used.
@@ -73,7 +78,7 @@ def quantize(
     grid = _Grid(bits, symmetric)
     rows = max(1, BLOCK_WEIGHTS // size)
     blocks = [
-        _fit(x, h, grid)
+        _fit_ternary(x, h) if bits == TERNARY_BITS else _fit(x, h, grid)
         for x, h in zip(torch.split(values, rows), torch.split(says, rows), strict=True)
     ]
     codes, scale, zero = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -112,12 +117,33 @@ def _fit(x: Tensor, h: Tensor, grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
     return (codes + grid.top).to(torch.uint8), scale, zero
 
 
-def _starts(x: Tensor, h: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [starts, rows] of clipped ranges; the first is the whole range."""
-    kept = h > 0
+def _fit_ternary(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_fit`, codes 0, 1 and 2, zeros 0.
+
+    Whatever the scale s, the weights with |w| > s / 2 are best rounded to +-s, so that the best
+    nonzeros are the k largest |w| for some k; of those, the best s is their weighted mean of |w|,
+    and lessens the error by (sum of h |w|)^2 / (sum of h). Every k is tried.
+    """
+    sizes, order = x.abs().double().sort(dim=1, descending=True, stable=True)
+    says = h.gather(1, order).double()
+    mass, moment = says.cumsum(1), (says * sizes).cumsum(1)
+    mass = mass.clamp_min(torch.finfo(torch.float64).tiny)
+    best = (moment.square() / mass).argmax(1, keepdim=True)
+    scale = _bfloat16((moment / mass).gather(1, best)[:, 0].float())
+    codes = torch.where(x.abs() > scale[:, None] / 2, x.sign(), 0)
+    return (codes + 1).to(torch.uint8), scale, torch.zeros_like(scale)
+
+
+def kept_range(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest kept value of each row of x [rows, size], both [rows]; 0 if none is."""
     some = kept.any(1)
     low = torch.where(some, x.where(kept, torch.inf).amin(1), 0)
-    high = torch.where(some, x.where(kept, -torch.inf).amax(1), 0)
+    return low, torch.where(some, x.where(kept, -torch.inf).amax(1), 0)
+
+
+def _starts(x: Tensor, h: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [starts, rows] of clipped ranges; the first is the whole range."""
+    low, high = kept_range(x, h > 0)
     if grid.symmetric:
         shrink = torch.tensor(SHRINKS)[:, None]
         largest = torch.where(high >= -low, high, low)

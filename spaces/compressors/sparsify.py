@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 
-def removed_count(percent: Decimal, weights: int) -> int:
-    """round(percent of `weights`), half to even, computed exactly."""
-    return round(percent * weights / 100)
+def removed_count(sparsity: Decimal | tuple[int, int], weights: int) -> int:
+    """How many of `weights` go, computed exactly.
+
+    Args:
+        sparsity: The percentage removed, the count is rounded half to even; or (n, m): n of every
+            m are kept.
+        weights: Of a pattern, a multiple of m.
+    """
+    if isinstance(sparsity, tuple):
+        n, m = sparsity
+        return weights * (m - n) // m
+    return round(sparsity * weights / 100)
 
 
 def keep_largest(weight: Tensor, percent: Decimal) -> Tensor:
@@ -39,3 +48,25 @@ def keep_wanda(weight: Tensor, percent: Decimal, second_moment: Tensor) -> Tenso
         unlucky = scores[:, each].argsort(stable=True)[:more]
         removed[unlucky, each] = True
     return torch.ones_like(removed).scatter(1, order, ~removed)
+
+
+def keep_pattern(
+    weight: Tensor, pattern: tuple[int, int], second_moment: Tensor | None = None
+) -> Tensor:
+    """bool [out, in], True for n of every m consecutive inputs of a row: those that score most.
+
+    The score is |w| (Mishra and others, "Accelerating Sparse Deep Neural Networks", 2021) or
+    |w| * ||x|| (Wanda, its structured form). Of equal scores the first are removed.
+
+    Args:
+        weight: [out, in]; m divides `in`.
+        pattern: (n, m).
+        second_moment: [in, in], the sum of x x^T, for Wanda's score; None: magnitude.
+    """
+    n, m = pattern
+    scores = weight.abs().double()
+    if second_moment is not None:
+        scores = scores * second_moment.diagonal().clamp_min(0).sqrt()
+    order = scores.reshape(-1, m).argsort(dim=1, stable=True)
+    kept = torch.ones(order.shape, dtype=torch.bool).scatter(1, order[:, : m - n], False)
+    return kept.reshape(weight.shape)

@@ -12,6 +12,7 @@ from optuna.distributions import (
     FloatDistribution,
 )
 
+from apportion.kernels.codes import TERNARY_BITS
 from apportion.spaces.grammar import STRUCTURE_NAMES, Option, parse_option
 from apportion.studies.database.rows import NewTrial
 from apportion.studies.specification import StudySpec
@@ -29,6 +30,7 @@ ORIGINS = ("score", "uniform", "greedy", "ilp", "evopress", "hybrid", "optuna", 
 DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "f32": 32, "bf16": 16, "fp16": 16}
 SCALE_BITS = {True: 16, False: 32}  # symmetric or not, per group
 MASK_BITS = 1
+TERNARY_STORED_BITS = 1.6  # five codes to a byte
 BITS = FloatDistribution(0.0, 64.0)  # w7g1 behind a mask has 40
 SHARE = FloatDistribution(0.0, 1.0)
 
@@ -134,7 +136,7 @@ def _stored_bits(option: Option, dense_bits: int) -> float:
     """Bits per dense weight, as the option grammar counts them."""
     bits: float = DTYPE_BITS.get(option.name or "", dense_bits)
     if option.bits is not None:
-        bits = option.bits
+        bits = TERNARY_STORED_BITS if option.bits == TERNARY_BITS else option.bits
         if option.group is not None:
             bits += SCALE_BITS[option.symmetric] / option.group
     if isinstance(option.sparsity, tuple):

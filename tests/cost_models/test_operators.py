@@ -30,7 +30,9 @@ def candidates(tiny, space, text: str) -> dict[str, str]:
     return {operator.implementation: operator.key for operator in found}
 
 
-@pytest.mark.parametrize("text", ["bf16", "w8", "w3g64", "s60%", "r50%", "s50%+w4g32", "w2g64+r4"])
+@pytest.mark.parametrize(
+    "text", ["bf16", "w8", "w3g64", "w1.58g32", "s60%", "2:4", "r50%", "s50%+w4g32", "w2g64+r4"]
+)
 def test_random_weights_are_stored_in_the_format(text: str) -> None:
     option = parse_option(text)
     format, nonzeros = format_of(option, SHAPE, "float32"), nonzeros_of(option, SHAPE)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion.errors import InvalidInput
+from apportion.kernels.codes import CODE_BITS, TERNARY_BITS
 from apportion.kernels.formats import (
     ConvGeometry,
     Format,
@@ -26,13 +27,14 @@ def formats(draw: st.DrawFn) -> Format:
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
     if draw(st.booleans()) and draw(st.booleans()):
         return Format(dtype, rank=draw(st.integers(1, 24)))
-    bits = draw(st.sampled_from([None, 2, 3, 4, 8]))
+    bits = draw(st.sampled_from([None, *CODE_BITS]))
     residual = draw(st.sampled_from([None, 4]))
     common: dict[str, Any] = {"sparse": draw(st.booleans()), "residual_rank": residual}
     if bits is None:
         return Format(dtype, **common)
     group = draw(st.sampled_from([None, 2, 16, 64]))
-    return Format(dtype, bits, group, symmetric=draw(st.booleans()), **common)
+    symmetric = bits == TERNARY_BITS or draw(st.booleans())
+    return Format(dtype, bits, group, symmetric, **common)
 
 
 @given(formats(), st.integers(0, 5))
@@ -50,6 +52,10 @@ def test_stored_bytes_are_the_bytes_of_the_tensors(format: Format, seed: int) ->
         (Format("float32", 4, 16), None, 48 * 64 // 2 + 48 * 4 * 2 * 2),
         (Format("float32", 8, symmetric=True), None, 48 * 64 + 48 * 2),
         (Format("float32", 3, 32, sparse=True), 1001, 384 + 376 + 48 * 2 * 2 * 2),
+        (Format("float32", 5, 16), None, 48 * 64 * 5 // 8 + 48 * 4 * 2 * 2),
+        (Format("float32", 6, symmetric=True), None, 48 * 64 * 6 // 8 + 48 * 2),
+        (Format("float32", 1.58, 32, symmetric=True), None, 615 + 48 * 2 * 2),
+        (Format("float32", 1.58, symmetric=True, sparse=True), 1001, 384 + 201 + 48 * 2),
         (Format("float32", rank=10), None, 112 * 10 * 4),
         (Format("float32", 2, 64, residual_rank=3), None, 768 + 192 + 112 * 3 * 2),
     ],
@@ -77,7 +83,10 @@ def test_unknown_field_is_refused() -> None:
     "parts",
     [
         {"dtype": "int8"},
-        {"bits": 5},
+        {"bits": 7},
+        {"bits": 1.5},
+        {"bits": 1.58},
+        {"bits": 1.58, "symmetric": True, "activation_bits": 8},
         {"group": 64},
         {"bits": 4, "group": 0},
         {"bits": 4, "activation_bits": 8},

@@ -44,6 +44,15 @@ def test_sparse_codes_stand_where_the_mask_is_set() -> None:
     assert reference_weight(stored).tolist() == [[0.0, -7.5, 7.5], [3.0, 0.0, 0.0]]
 
 
+def test_ternary_codes_stand_for_minus_one_none_and_one_scale() -> None:
+    codes = pack_codes(tensor([0, 1, 2, 2, 1, 0, 0, 2], torch.uint8), 1.58)
+    scale = tensor([[1.0, 2.0], [0.5, 4.0]])
+    format = Format("float32", 1.58, group=2, symmetric=True)
+    stored = StoredWeight(format, LayerShape(2, 4), {"codes": codes, "scale": scale})
+    expected = [[-1.0, 0.0, 2.0, 2.0], [0.0, -0.5, -4.0, 4.0]]
+    assert reference_weight(stored).tolist() == expected
+
+
 def test_sparse_values_stand_row_by_row() -> None:
     tensors = {
         "mask": pack_mask(tensor([0, 1, 1, 0], torch.bool)),

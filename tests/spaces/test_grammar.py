@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion.errors import InvalidInput
-from apportion.spaces.grammar import METHODS, STEPS, Option, parse_option, unrealized
+from apportion.spaces.grammar import (
+    ALWAYS_SYMMETRIC,
+    METHODS,
+    STEPS,
+    WITH_ZEROS,
+    Option,
+    parse_option,
+    unrealized,
+)
 
 NAMED = ("dense", "f32", "bf16", "fp16", "keep", "drop")
 percents = st.integers(1, 99_999).map(lambda n: Decimal(n) / 1000)
@@ -16,9 +24,9 @@ patterns = st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1),
 
 @st.composite
 def weight_fields(draw):
-    bits = draw(st.integers(1, 8))
+    bits = draw(st.integers(1, 8) | st.just(1.58))
     group = draw(st.none() | st.integers(1, 4096))
-    symmetric = bits == 8 or (group is not None and draw(st.booleans()))
+    symmetric = bits in ALWAYS_SYMMETRIC or (group is not None and draw(st.booleans()))
     activations = draw(st.sampled_from((None, 8)))
     return dict(bits=bits, group=group, symmetric=symmetric, activation_bits=activations)
 
@@ -38,8 +46,9 @@ def stepped(draw):
     fields, methods = {}, []
     for step in (step for step in STEPS if step in chosen):
         fields |= draw(FIELDS[step])
-        if METHODS[step] and draw(st.booleans()):
-            methods.append((step, draw(st.sampled_from(METHODS[step]))))
+        fitting = [m for m in METHODS[step] if m not in WITH_ZEROS or not fields.get("symmetric")]
+        if fitting and draw(st.booleans()):
+            methods.append((step, draw(st.sampled_from(fitting))))
     return Option(**fields, methods=tuple(methods))
 
 
@@ -67,6 +76,10 @@ def test_parse_of_any_text_prints_it_back_or_is_refused(text):
         ("r50%", Option(rank_percent=Decimal(50))),
         ("w4+r50", Option(bits=4, residual_rank=50)),
         ("w4g64s", Option(bits=4, group=64, symmetric=True)),
+        ("w5g32", Option(bits=5, group=32)),
+        ("w1.58", Option(bits=1.58, symmetric=True)),
+        ("w1.58g64+r8", Option(bits=1.58, group=64, symmetric=True, residual_rank=8)),
+        ("w4g64:hqq", Option(bits=4, group=64, methods=(("w", "hqq"),))),
         ("w8a8", Option(bits=8, symmetric=True, activation_bits=8)),
         ("2:4:wanda+w3", Option(sparsity=(2, 4), bits=3, methods=(("s", "wanda"),))),
     ],
@@ -92,7 +105,14 @@ def test_parse_of_known_texts_fills_the_fields(text, option):
         ("s50.0%", "write s50%"),
         ("w8g64s", "write w8g64"),
         ("w4g064", "write w4g64"),
-        ("w16", "weights have 1 to 8 bits"),
+        ("w16", "weights have 1 to 8 bits, or 1.58 (ternary)"),
+        ("w1.5", "weights have 1 to 8 bits, or 1.58 (ternary)"),
+        ("w1.580", "write w1.58"),
+        ("w4.0g64", "write w4g64"),
+        ("w1.58g64s", "write w1.58g64"),
+        ("w4g64s:hqq", "hqq fits zeros, symmetric weights have none: w4g64:hqq"),
+        ("s50%+w8:hqq+r4", "hqq fits zeros, symmetric weights have none: s50%+w8+r4"),
+        ("w1.58g64:hqq", "hqq fits zeros, symmetric weights have none: w1.58g64"),
         ("w4a4", "activations have 8 bits: w4a8"),
         ("w4g0", "a group has at least 1 input: w4g64"),
         ("4:2", "N:M keeps N of M weights"),
@@ -107,8 +127,9 @@ def test_parse_of_wrong_text_says_what_is_right(text, told):
 
 
 REALIZED = """dense f32 bf16 keep drop w2 w3g64 w4g32s w8 w8g64 w8a8 s50% s50%:magnitude r50%:svd
-r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16"""
-UNREALIZED = "fp16 op:conv c75% c75%+w4 2:4 2:4+w4 r50%+w4 s50%+r50% r50%+r8 w5 w4a8 w8a8g64"
+r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s w1.58 w1.58g64
+s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8"""
+UNREALIZED = "fp16 op:conv c75% c75%+w4 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
 
 
 @pytest.mark.parametrize("text", REALIZED.split())
@@ -116,7 +137,7 @@ def test_unrealized_says_nothing_of_realized_options(text):
     assert unrealized(parse_option(text)) is None
 
 
-@pytest.mark.parametrize("text", [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16"])
+@pytest.mark.parametrize("text", [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16", "w1.58a8"])
 def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     assert "realized" in (unrealized(parse_option(text)) or "")
 
@@ -124,7 +145,8 @@ def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
 @pytest.mark.parametrize(
     "text, needs",
     [("dense", False), ("bf16", False), ("s50%:magnitude", False), ("r50%:svd", False)]
-    + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)],
+    + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)]
+    + [("w4:hqq", False), ("s50%+w4:hqq", True), ("2:4:magnitude", False), ("2:4", True)],
 )
 def test_needs_statistics_where_they_change_the_weights(text, needs):
     assert parse_option(text).needs_statistics is needs

@@ -113,9 +113,9 @@ def test_build_space_unfit_option_counts_its_sites_and_names_what_fits(sites):
 
 
 def test_build_space_lists_every_problem(sites):
-    lines = refused(sites, Entry(("*.mlp.*",), ("w4g", "2:4", "w4g48")), Entry(("no",), ("w8",)))
+    lines = refused(sites, Entry(("*.mlp.*",), ("w4g", "fp16", "w4g48")), Entry(("no",), ("w8",)))
     assert len(lines) == 4
-    assert '"w4g" is no option' in lines[0] and "N:M sparsity is not realized" in lines[1]
+    assert '"w4g" is no option' in lines[0] and "fp16 is not realized" in lines[1]
     assert "does not fit 6 sites" in lines[2] and '"no" matches no site' in lines[3]
 
 

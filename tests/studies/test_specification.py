@@ -78,8 +78,8 @@ MALFORMED = {
     ),
     "option": (LEAST + SPACE.replace("w8", "w4q8"), "space[1].options: "),
     "option of the future": (
-        LEAST + SPACE.replace("w8", "2:4"),
-        "N:M sparsity is not realized",
+        LEAST + SPACE.replace("w8", "fp16"),
+        "fp16 is not realized",
     ),
     "second entry": (LEAST + SPACE + SPACE.replace("w8", "nope"), "space[2].options: "),
     "no options": (LEAST + '[[space]]\nsites = "*"\n', "space[1].options: missing; write options"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from apportion.errors import InvalidInput
+from apportion.kernels.codes import middle
 from apportion.kernels.formats import ConvGeometry, LayerShape, stored_bytes
 from apportion.kernels.packing import unpack_mask
 from apportion.kernels.reference import reference_weight
@@ -22,8 +23,11 @@ from apportion.spaces.grammar import parse_option
 
 SHAPE = LayerShape(48, 64)
 CONV = LayerShape(16, 72, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1)))
+POINTWISE = LayerShape(16, 72, ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1)))
 REALIZED = """dense f32 bf16 w2 w2g32 w3g64 w4g16 w4g32s w8 w8g32 w8a8 s50% s62.5%:magnitude
-r50%:svd r50% w4g64+r4 s50%+r8 s60%+w3g64 s50%:wanda+w4g32s:rtn+r4:svd s50%+w8""".split()
+r50%:svd r50% w4g64+r4 s50%+r8 s60%+w3g64 s50%:wanda+w4g32s:rtn+r4:svd s50%+w8 w5g32 w6 w6g16s
+w1.58 w1.58g16 s50%+w1.58g16 s50%+w5 w1.58g16+r8 w3g32:hqq s50%+w4:hqq 2:4 4:8:magnitude 2:4+w4g32
+2:4:wanda+w1.58g16+r4:svd""".split()
 
 
 def _case(shape=SHAPE, seed=0):
@@ -75,14 +79,14 @@ def test_realize_dense_is_exact_and_owns_its_memory(text, dtype):
     assert stored.tensors["weight"].data_ptr() != weight.data_ptr()
 
 
-@pytest.mark.parametrize("text", ["w2g32", "w3", "w4g32s", "w8", "w8a8"])
+@pytest.mark.parametrize("text", ["w1.58g32", "w2g32", "w3", "w4g32s", "w6", "w8", "w8a8"])
 def test_realize_stores_exactly_what_the_search_computed(text):
     weight, statistics = _case()
     option = parse_option(text)
     importance = statistics.second_moment.diagonal()
     found = quantize(weight, option.bits, option.group, option.symmetric, None, importance)
     size = option.group or SHAPE.in_features
-    values = (found.codes.float() - 2 ** (option.bits - 1)) * _wide(found.scale, size)
+    values = (found.codes.float() - middle(option.bits)) * _wide(found.scale, size)
     if found.zero is not None:
         values += _wide(found.zero, size)
     assert torch.equal(reference_weight(_realize(text)), values)
@@ -99,7 +103,39 @@ def test_realize_sparse_keeps_the_exact_count(text):
     assert int(torch.count_nonzero(reference_weight(stored))) <= 1152
 
 
-@pytest.mark.parametrize("base", ["w2g32", "s60%", "s50%+w3g32"])
+@pytest.mark.parametrize("text", ["2:4", "2:4:magnitude", "2:4+w4g8", "2:4+w1.58g8"])
+@pytest.mark.parametrize("shape", [SHAPE, POINTWISE])
+def test_realize_of_a_pattern_keeps_n_of_m_inputs_and_stores_no_others(text, shape):
+    stored = _realize(text, shape)
+    kept = unpack_mask(stored.tensors["mask"], shape.weights)
+    assert (kept.reshape(-1, 4).sum(1) == 2).all() and stored.nonzeros == shape.weights // 2
+    values = reference_weight(stored).flatten()
+    assert not torch.count_nonzero(values[~kept])
+
+
+def test_realize_of_a_pattern_removes_what_its_method_says():
+    weight, statistics = _case()
+    scores = {"2:4:magnitude": weight.abs().double()}
+    scores["2:4"] = scores["2:4:magnitude"] * statistics.second_moment.diagonal().sqrt()
+    for text, score in scores.items():
+        mask = unpack_mask(_realize(text).tensors["mask"], SHAPE.weights).reshape(-1, 4)
+        removed = score.reshape(-1, 4).masked_fill(mask, 0).amax(1)
+        assert (removed < score.reshape(-1, 4).masked_fill(~mask, torch.inf).amin(1)).all()
+
+
+@pytest.mark.parametrize("text", ["w3g32:hqq", "w2:hqq"])
+def test_realize_by_hqq_does_not_depend_on_statistics(text):
+    seen, unseen = _realize(text).tensors, _realize(text, seen=False).tensors
+    assert all(torch.equal(seen[name], unseen[name]) for name in ("codes", "scale", "zero"))
+    assert not torch.equal(seen["zero"], _realize(text.removesuffix(":hqq")).tensors["zero"])
+
+
+def test_realize_more_bits_lose_less():
+    errors = [_output_error(f"w{bits}g32") for bits in ("1.58", "2", "3", "4", "5", "6", "8")]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("base", ["w2g32", "s60%", "s50%+w3g32", "w1.58g32", "2:4", "w2g32:hqq"])
 def test_realize_residual_repairs_and_whitening_repairs_more(base):
     unrepaired, plain, whitened = (
         _output_error(base + end) for end in ("", "+r8:svd", "+r8:whitened")
@@ -138,7 +174,14 @@ def test_effective_methods_refuses_asked_methods_without_statistics(text):
         ("r50%", CONV, "rP% is not realized for convolutions"),
         ("w4+r8", CONV, "+rK is not realized for convolutions"),
         ("drop", SHAPE, "drop is for blocks and sub-blocks"),
-        ("2:4", SHAPE, "N:M sparsity is not realized yet"),
+        ("w1.58g48", SHAPE, "nearest: w1.58g32, w1.58g64"),
+        ("w1.58g16", LayerShape(8, 7), "nearest: w1.58"),
+        ("2:4", LayerShape(8, 30), "a multiple of 4 inputs, not 30; nearest: 2:3, 2:5"),
+        ("2:4+w4", LayerShape(8, 7), "nearest: 4:7+w4"),
+        ("1:8", LayerShape(8, 36), "nearest: 1:6, 1:9"),
+        ("2:4", LayerShape(8, 1), "nearest: s50%"),
+        ("4:8", CONV, "for kernels of 1 x 1, not 3 x 3; nearest: s50%"),
+        ("1:3:magnitude+w4", CONV, "nearest: s66.7%:magnitude+w4"),
     ],
 )
 def test_refusal_names_the_reason_and_what_fits(text, shape, reason):
@@ -157,7 +200,7 @@ def test_refusal_of_a_rank_names_the_smallest_percentage_that_fits(shape, multip
     assert refusal(below, shape, multiple) is not None
 
 
-@pytest.mark.parametrize("text", ["dense", "w4g8", "w3", "s50%", "s50%+w8", "w8a8"])
+@pytest.mark.parametrize("text", ["dense", "w4g8", "w3", "w6g9", "s50%", "s50%+w8", "w8a8"])
 def test_realize_works_on_a_convolution_as_a_matrix(text):
     weight, _ = _case(CONV)
     values = reference_weight(_realize(text, shape=CONV, seen=False))
@@ -184,7 +227,9 @@ def test_realize_refuses_shapes_that_differ_from_the_layer():
         realize(weight[:, :32], LayerShape(48, 32), parse_option("w4"), statistics, "float32")
 
 
-@pytest.mark.parametrize("text", ["w2g32", "w4g32s", "w8", "s50%", "s50%+w3", "r50%", "w3+r4"])
+@pytest.mark.parametrize(
+    "text", ["w1.58", "w2g32", "w4g32s", "w4:hqq", "w8", "s50%", "s50%+w3", "2:4", "r50%", "w3+r4"]
+)
 def test_realize_of_zeros_is_zeros(text):
     _, statistics = _case()
     stored = realize(torch.zeros(48, 64), SHAPE, parse_option(text), statistics, "float32")

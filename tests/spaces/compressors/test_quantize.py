@@ -1,10 +1,12 @@
 """Codes, scales and zeros against float64 oracles of the weighted error."""
 
 import time
+from itertools import product
 
 import pytest
 import torch
 
+from apportion.kernels.codes import TERNARY_BITS, middle
 from apportion.spaces.compressors.quantize import quantize
 
 
@@ -18,7 +20,7 @@ def _case(out=32, inputs=128, seed=0):
 def _dequantized(quantized, bits):
     size = quantized.codes.shape[1] // quantized.scale.shape[1]
     scale = quantized.scale.double().repeat_interleave(size, 1)
-    values = (quantized.codes.double() - 2 ** (bits - 1)) * scale
+    values = (quantized.codes.double() - middle(bits)) * scale
     if quantized.zero is not None:
         values += quantized.zero.double().repeat_interleave(size, 1)
     return values
@@ -43,7 +45,10 @@ def _error(weight, values, importance):
     return float(((weight.double() - values).square() * importance).sum())
 
 
-@pytest.mark.parametrize("bits, symmetric", [(2, False), (3, False), (4, False), (4, True)])
+@pytest.mark.parametrize(
+    "bits, symmetric",
+    [(2, False), (3, False), (4, False), (4, True), (5, False), (5, True), (6, False), (6, True)],
+)
 @pytest.mark.parametrize("group", [32, 128])
 def test_quantize_is_never_worse_than_plain_in_any_group(bits, symmetric, group):
     weight, importance = _case()
@@ -55,7 +60,7 @@ def test_quantize_is_never_worse_than_plain_in_any_group(bits, symmetric, group)
     assert (losses[0] <= losses[1] * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("bits, share", [(2, 0.55), (3, 0.75), (4, 0.87)])
+@pytest.mark.parametrize("bits, share", [(2, 0.55), (3, 0.75), (4, 0.87), (5, 0.94), (6, 0.97)])
 def test_quantize_beats_plain_by_a_stated_share(bits, share):
     weight, importance = _case()
     values = _dequantized(quantize(weight, bits, 64, False, None, importance), bits)
@@ -96,7 +101,9 @@ def test_quantize_fits_the_kept_weights_only():
     assert torch.equal(first.codes[kept], second.codes[kept])
 
 
-@pytest.mark.parametrize("bits, symmetric", [(2, False), (4, False), (3, True), (8, True)])
+@pytest.mark.parametrize(
+    "bits, symmetric", [(2, False), (4, False), (6, False), (3, True), (8, True), (1.58, True)]
+)
 @pytest.mark.parametrize("value", [0.0, 0.37, -1e-30, 1e4])
 def test_quantize_of_a_constant_group_is_exact_to_bfloat16(bits, symmetric, value):
     weight = torch.full((2, 32), value)
@@ -108,11 +115,12 @@ def test_quantize_of_a_group_without_kept_weights_is_finite():
     weight, _ = _case(4, 32)
     kept = torch.ones_like(weight, dtype=torch.bool)
     kept[1, :16] = False
-    quantized = quantize(weight, 2, 16, False, kept)
-    assert _dequantized(quantized, 2).isfinite().all()
+    for bits in (TERNARY_BITS, 2):
+        quantized = quantize(weight, bits, 16, bits == TERNARY_BITS, kept)
+        assert _dequantized(quantized, bits).isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [3, 5, 8])
 def test_quantize_symmetric_is_exact_on_its_own_grid(bits):
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(1 - 2 ** (bits - 1), 2 ** (bits - 1), (4, 64), generator=random)
@@ -134,10 +142,45 @@ def test_quantize_of_unseen_inputs_still_rounds_them_sanely():
     assert (values - weight).abs().max() < 0.25 * weight.abs().max()
 
 
-def test_quantize_of_rows_does_not_depend_on_other_rows():
+@pytest.mark.parametrize("weighted", [True, False])
+def test_quantize_ternary_is_the_best_of_all_codes_but_for_the_rounded_scale(weighted):
+    weight, importance = _case(24, 16)
+    group, says = 8, importance if weighted else torch.ones(16, dtype=torch.float64)
+    quantized = quantize(weight, TERNARY_BITS, group, True, None, says)
+    x, h = (t.double().reshape(-1, group) for t in (weight, says.expand(24, 16)))
+    every = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=group)), dtype=torch.float64)
+    gain = ((h * x) @ every.T).square() / (h @ every.square().T).clamp_min(1e-300)
+    least = (h * x.square()).sum(1) - gain.amax(1)
+    lost = h * (x - _dequantized(quantized, TERNARY_BITS).reshape(-1, group)).square()
+    scale = quantized.scale.double().reshape(-1)
+    assert (lost.sum(1) <= least + (scale * 2**-8).square() * h.sum(1)).all()
+    assert (lost.sum(1) >= least * (1 - 1e-9)).all()
+
+
+def test_quantize_ternary_is_exact_on_its_own_grid_and_has_no_zeros():
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(-1, 2, (4, 64), generator=random)
+    quantized = quantize(codes * 0.375, TERNARY_BITS, 16, True)
+    assert quantized.zero is None and torch.equal(quantized.codes, (codes + 1).to(torch.uint8))
+    assert torch.equal(_dequantized(quantized, TERNARY_BITS), codes.double() * 0.375)
+
+
+def test_quantize_ternary_fits_the_kept_weights_only():
+    weight, importance = _case()
+    kept = weight.abs() > weight.abs().median()
+    first, second = (
+        quantize(torch.where(kept, weight, other), TERNARY_BITS, 64, True, kept, importance)
+        for other in (0.0, 100.0)
+    )
+    assert torch.equal(first.scale, second.scale)
+    assert torch.equal(first.codes[kept], second.codes[kept])
+
+
+@pytest.mark.parametrize("bits, symmetric", [(3, False), (6, False), (TERNARY_BITS, True)])
+def test_quantize_of_rows_does_not_depend_on_other_rows(bits, symmetric):
     weight, importance = _case(2100, 64)
-    whole = quantize(weight, 3, 32, importance=importance)
-    part = quantize(weight[1500:1600], 3, 32, importance=importance)
+    whole = quantize(weight, bits, 32, symmetric, importance=importance)
+    part = quantize(weight[1500:1600], bits, 32, symmetric, importance=importance)
     assert torch.equal(whole.codes[1500:1600], part.codes)
 
 

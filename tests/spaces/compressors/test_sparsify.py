@@ -1,13 +1,19 @@
 """Which weights go: exact counts, magnitude over the matrix, Wanda per output row."""
 
 from decimal import Decimal
+from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apportion.spaces.compressors.sparsify import keep_largest, keep_wanda, removed_count
+from apportion.spaces.compressors.sparsify import (
+    keep_largest,
+    keep_pattern,
+    keep_wanda,
+    removed_count,
+)
 
 
 def _matrices(seed, out=6, inputs=10):
@@ -63,3 +69,28 @@ def test_keep_of_equal_weights_still_removes_the_exact_count(value):
     weight = torch.full((4, 8), value)
     assert int(keep_largest(weight, Decimal(25)).sum()) == 24
     assert int(keep_wanda(weight, Decimal(25), torch.eye(8, dtype=torch.float64)).sum()) == 24
+
+
+PATTERNS = [(2, 4), (4, 8), (1, 4), (3, 5), (1, 2)]
+
+
+@pytest.mark.parametrize("n, m", PATTERNS)
+@pytest.mark.parametrize("wanda", [True, False])
+def test_keep_pattern_is_the_best_of_all_patterns_in_every_group(n, m, wanda):
+    weight, x = _matrices(0, 6, 40)
+    kept = keep_pattern(weight, (n, m), x.T @ x if wanda else None).reshape(-1, m)
+    says = x.square().sum(0) if wanda else torch.ones(40, dtype=torch.float64)
+    worth = (weight.double().square() * says).reshape(-1, m)
+    patterns = torch.zeros(0, m, dtype=torch.bool)
+    for chosen in combinations(range(m), n):
+        patterns = torch.cat(
+            [patterns, (torch.arange(m)[:, None] == torch.tensor(chosen)).any(1)[None]]
+        )
+    assert torch.equal(kept, patterns[(worth @ patterns.double().T).argmax(1)])
+
+
+@pytest.mark.parametrize("n, m", PATTERNS)
+def test_keep_pattern_of_equal_weights_still_keeps_n_of_m(n, m):
+    kept = keep_pattern(torch.zeros(3, 40), (n, m))
+    assert (kept.reshape(-1, m).sum(1) == n).all()
+    assert removed_count((n, m), 120) == int((~kept).sum())
