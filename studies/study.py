@@ -31,6 +31,7 @@ from apportion.studies.running import Run, message_of
 from apportion.studies.specification import StudySpec, difference, load
 
 if TYPE_CHECKING:
+    from apportion.studies.stages.export import Chosen
     from apportion.workers.spec import Setting
 
 
@@ -324,8 +325,27 @@ class Study:
         """
         from apportion.studies.stages.export import export
 
+        export(self._chosen(Path(folder), trial), self._report(), Path(folder))
+        return Path(folder)
+
+    def export_evopress(self, folder: str | Path, trial: int | None = None) -> Path:
+        """Write the winner, or the front point of trial `trial`, as EvoPress keeps it.
+
+        A database of dense weights, a level configuration and a drop configuration.
+
+        Raises:
+            InvalidInput: like `export`; or an option is no number of bits.
+        """
+        from apportion.studies.evopress.export import export
+
+        export(self._chosen(Path(folder), trial), Path(folder))
+        return Path(folder)
+
+    def _chosen(self, folder: Path, trial: int | None) -> "Chosen":
+        from apportion.studies.stages.export import choose
+
         report = self._report()
-        return export(self.spec, self.home, self._store, self._id, report, Path(folder), trial)
+        return choose(self.spec, self.home, self._store, self._id, report, folder, trial)
 
     def export_optuna(self, url: str) -> int:
         """Add the finished trials that are not there yet to an Optuna database.

@@ -24,13 +24,20 @@ def export(
         str | None,
         typer.Option(metavar="URL", help="Add finished trials to an Optuna database instead."),
     ] = None,
+    evopress: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A new folder, as EvoPress keeps what it found."),
+    ] = None,
 ) -> None:
     """Write the winner, or another point of the front, as a folder."""
     from apportion.studies.database.location import without_password
     from apportion.studies.study import Study
 
-    if (to is None) == (optuna is None):
-        raise InvalidInput("say where to: --to FOLDER for an artifact, or --optuna URL for trials")
+    if [to, optuna, evopress].count(None) != 2:
+        raise InvalidInput(
+            "say where to: --to FOLDER for an artifact, --optuna URL for trials, or --evopress "
+            "FOLDER for EvoPress"
+        )
     session = context.ensure_object(Session)
     study = Study.open(name, session.home, session.home.database)
     session.study = name
@@ -39,11 +46,13 @@ def export(
             added = study.export_optuna(optuna)
             plural, place = "" if added == 1 else "s", without_password(optuna)
             display.line(f" exported  {added} finished trial{plural} to {place}")
-        if to is None:
             return
-        folder = study.export(to, trial=trial)
+        if evopress is not None:
+            folder = study.export_evopress(evopress, trial=trial)
+        elif to is not None:
+            folder = study.export(to, trial=trial)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        display.line(f" exported  {to} ({format_bytes(size)})")
+        display.line(f" exported  {folder} ({format_bytes(size)})")
 
 
 def verify(

@@ -1,17 +1,22 @@
 """Export: the winner, or another point of the front, as a native artifact."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from apportion import __version__
 from apportion.errors import InvalidInput
+from apportion.kernels.formats import StoredWeight
+from apportion.spaces.apply import Stored
 from apportion.spaces.artifact import Plan, write
 from apportion.spaces.bank import Bank
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
+from apportion.spaces.space import Space
 from apportion.studies.cli.display import QuietDisplay
-from apportion.studies.context import Context, worker_spec
+from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Lease
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
@@ -20,16 +25,35 @@ from apportion.studies.stages import discover, profile
 from apportion.workers.sources import OpenedModel
 
 
-def export(
+@dataclass(frozen=True)
+class Chosen:
+    """A point of a finished study's front, with all that it is made of.
+
+    Attributes:
+        context: with the model, as it was when the study began.
+        space: what the solver could choose from.
+        profiled: output of the stage `profile`.
+        point: of the report.
+        stored: gives the packed weights of a site's members under an option of the space.
+    """
+
+    context: Context
+    space: Space
+    profiled: Output
+    point: dict[str, Any]
+    stored: Stored
+
+
+def choose(
     spec: StudySpec,
     home: Home,
     store: Store,
     study_id: int,
-    report: dict[str, Any],
+    report: Output,
     folder: Path,
     trial: int | None,
-) -> Path:
-    """Write a point of a finished study's front.
+) -> Chosen:
+    """The winner, or the point of trial `trial`, to be written into the new folder `folder`.
 
     Raises:
         InvalidInput: the study is not finished, the folder exists, the trial is no point of the
@@ -49,20 +73,26 @@ def export(
     discover.check_unchanged(context, found)
     bank, index = Bank(home.bank), compressed["index"]
 
-    def stored(site: Site, option: Option) -> Any:
+    def stored(site: Site, option: Option) -> Sequence[StoredWeight]:
         return bank.get(index[site.name][str(option)])
 
     space = context.setting.space.without(profiled["struck"])
-    plan = Plan(space, point["configuration"], stored, profile.implementations(profiled))
+    return Chosen(context, space, profiled, point, stored)
+
+
+def export(chosen: Chosen, report: Output, folder: Path) -> None:
+    """Write a point of a finished study's front as a native artifact."""
+    context, point = chosen.context, chosen.point
+    implementations = profile.implementations(chosen.profiled)
+    plan = Plan(chosen.space, point["configuration"], chosen.stored, implementations)
     source = {
         "kind": "hf" if context.opened.is_causal_lm else "python",
         "source": context.opened.source,
         "revision": context.opened.revision,
-        "dtype": spec.model.dtype,
+        "dtype": context.spec.model.dtype,
     }
-    described = _report(spec, home, point, report, profiled)
+    described = _report(context.spec, context.home, point, report, chosen.profiled)
     write(folder, context.model, plan, source, described, lambda to: _extra(context.opened, to))
-    return folder
 
 
 def _point(report: dict[str, Any], trial: int | None) -> dict[str, Any]:

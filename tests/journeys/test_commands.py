@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from apportion.studies.evopress.database import open_database
+from apportion.studies.evopress.levels import parse_levels
+from apportion.studies.evopress.text import content
+
 Journey = Any
 WIDTH = 80
 LOOKING = {
@@ -131,6 +135,23 @@ def test_export_to_optuna_adds_what_is_new(finished: Journey, tmp_path: Path) ->
     with finished.terminal("export", "tiny", "--optuna", url) as terminal:
         status, said = terminal.end()
     assert status == 0 and " exported  0 finished trials to " in said
+
+
+def test_export_to_evopress_is_what_its_scripts_read(finished: Journey, tmp_path: Path) -> None:
+    report = json.loads(finished.run("show", "tiny", "--json").out)
+    number = next(u["number"] for u in report["uniform"] if u["option"] == "w4g32")
+    folder = tmp_path / "evopress"
+    ended = finished.piped("export", "tiny", "--trial", number, "--evopress", folder)
+    assert (ended.status, ended.error) == (0, "")
+    levels = parse_levels(content(folder / "final_configuration.txt"), "it").levels
+    assert set(levels.values()) == {"4"}
+    database = open_database(folder)
+    for module, level in levels.items():
+        weight = database.tensor(module, level)
+        groups = weight.reshape(-1, 32)
+        assert max(len(group.unique()) for group in groups) <= 16
+    again = finished.piped("export", "tiny", "--trial", number, "--evopress", folder)
+    assert (again.status, "exists already" in again.error) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""A point of a front as EvoPress keeps it: dense weights by level, and what was chosen of them."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from apportion.errors import InvalidInput
+from apportion.kernels.reference import reference_weight
+from apportion.spaces.grammar import parse_option
+from apportion.spaces.space import DENSE, DROP
+from apportion.studies.evopress.conversion import configuration_to_levels
+from apportion.studies.evopress.database import write_database
+from apportion.studies.evopress.drops import configuration_to_drops
+from apportion.studies.evopress.scales import BitLevels
+from apportion.studies.stages.export import Chosen
+
+# as EvoPress names them
+LEVELS, DROPS = "final_configuration.txt", "layer_drop_config.txt"
+
+
+def export(chosen: Chosen, folder: Path) -> None:
+    """Write what was chosen into a new folder.
+
+    `final_configuration.txt` holds the bits of each layer, `layer_drop_config.txt` what is dropped
+    where something is, and `MODULE/BITS.pth` the dense weights [out, in] of every option that the
+    point uses, of all sites that have it.
+
+    Raises:
+        InvalidInput: an option of the point is no number of bits, two have the same number, or a
+            drop is none that EvoPress knows.
+    """
+    configuration = chosen.context.setting.space.canonical(chosen.point["configuration"])
+    sites = chosen.context.setting.sites
+    used = {t for t in configuration.values() if not (t == DENSE or parse_option(t).is_structure)}
+    scale = bit_levels(used)
+    levels = configuration_to_levels(configuration, sites, scale)
+    drops = None
+    if DROP in configuration.values():
+        drops = configuration_to_drops(configuration, sites)
+    write_database(folder, _weights(chosen, scale))
+    (folder / LEVELS).write_text(str(levels))
+    if drops is not None:
+        (folder / DROPS).write_text(str(drops))
+
+
+def bit_levels(options: Iterable[str]) -> BitLevels:
+    """The levels of options that only quantize: whole bits. Raises InvalidInput for any other."""
+    option_of: dict[str, str] = {}
+    for text in sorted(options):
+        option = parse_option(text)
+        if option.steps != ("w",) or option.activation_bits or not isinstance(option.bits, int):
+            raise InvalidInput(
+                f'"{text}" is no level of EvoPress, whose levels are bits of the weights alone; '
+                "name another point with --trial, or export a folder of ours with --to"
+            )
+        other = option_of.setdefault(str(option.bits), text)
+        if other != text:
+            raise InvalidInput(
+                f'"{other}" and "{text}" are both level {option.bits}; a configuration of '
+                "EvoPress has one kind of weights for each number of bits"
+            )
+    return BitLevels(option_of)
+
+
+def _weights(chosen: Chosen, scale: BitLevels) -> Iterator[tuple[str, str, Tensor]]:
+    space = chosen.space
+    for site, options in zip(space.sites, space.options, strict=True):
+        for level, text in scale.option_of.items():
+            for option in (option for option in options if str(option) == text):
+                stored = chosen.stored(site, option)
+                for member, weight in zip(site.members, stored, strict=True):
+                    yield member.module, level, reference_weight(weight)

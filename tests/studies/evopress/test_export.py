@@ -1,0 +1,25 @@
+"""Which options are levels of EvoPress."""
+
+import pytest
+
+from apportion.errors import InvalidInput
+from apportion.studies.evopress.export import bit_levels
+
+
+def test_each_number_of_bits_is_a_level() -> None:
+    assert bit_levels({"w8", "w4g64", "w3g64:hqq"}).option_of == {
+        "3": "w3g64:hqq",
+        "4": "w4g64",
+        "8": "w8",
+    }
+
+
+@pytest.mark.parametrize("option", ["r50%", "s50%", "w8a8", "bf16", "w1.58g64", "s50%+w4g64"])
+def test_what_is_no_number_of_bits_is_refused(option: str) -> None:
+    with pytest.raises(InvalidInput, match="is no level of EvoPress"):
+        bit_levels({"w4g64", option})
+
+
+def test_two_options_of_one_level_are_refused() -> None:
+    with pytest.raises(InvalidInput, match='"w4g32" and "w4g64" are both level 4'):
+        bit_levels({"w4g64", "w4g32"})
