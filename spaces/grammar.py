@@ -20,9 +20,9 @@ STEPS = ("c", "s", "r", "w", "residual")
 ORDER = ", ".join(STEPS)
 METHODS: Mapping[str, tuple[str, ...]] = {
     "c": (),
-    "s": ("magnitude", "wanda"),
+    "s": ("magnitude", "wanda", "sparsegpt"),
     "r": ("svd", "whitened"),
-    "w": ("rtn", "hqq"),
+    "w": ("rtn", "hqq", "gptq"),
     "residual": ("svd", "whitened"),
 }
 WITHOUT_STATISTICS = ("magnitude", "svd", "hqq")

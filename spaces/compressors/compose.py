@@ -12,9 +12,11 @@ from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.kernels.packing import pack_codes, pack_mask
 from apportion.kernels.reference import reference_weight
 from apportion.spaces.compressors.factorize import low_rank, rank_of
+from apportion.spaces.compressors.gptq import gptq
 from apportion.spaces.compressors.hqq import hqq
-from apportion.spaces.compressors.quantize import quantize
+from apportion.spaces.compressors.quantize import Quantized, quantize
 from apportion.spaces.compressors.residual import residual_pair
+from apportion.spaces.compressors.sparsegpt import sparsegpt
 from apportion.spaces.compressors.sparsify import keep_largest, keep_pattern, keep_wanda
 from apportion.spaces.grammar import ALWAYS_SYMMETRIC, WITHOUT_STATISTICS, Option, unrealized
 
@@ -191,9 +193,9 @@ def realize(
         whitening = moment if methods["r"] == "whitened" else None
         pair = low_rank(weight, format.rank, whitening)
         return StoredWeight(format, shape, _named(("left", "right"), pair, format.torch_dtype))
-    kept = _kept(weight, option, methods, moment)
+    left, kept = _sparsified(weight, option, methods, moment)
     plain = replace(format, residual_rank=None)
-    stored = StoredWeight(plain, shape, _entries(weight, plain, kept, moment, methods.get("w")))
+    stored = StoredWeight(plain, shape, _entries(left, plain, kept, moment, methods.get("w")))
     if format.residual_rank is None:
         return stored
     whitening = moment if methods["residual"] == "whitened" else None
@@ -217,18 +219,21 @@ def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None
         raise InvalidInput("calibration inputs hold values that are not finite (NaN or infinite)")
 
 
-def _kept(
+def _sparsified(
     weight: Tensor, option: Option, methods: Mapping[str, str], moment: Tensor | None
-) -> Tensor | None:
-    """bool [out, in], the weights that sP% or N:M leaves; None where nothing is removed."""
+) -> tuple[Tensor, Tensor | None]:
+    """What sP% or N:M leaves: the weights, and bool [out, in] which of them; None: all."""
     if option.sparsity is None:
-        return None
+        return weight, None
+    if methods["s"] == "sparsegpt" and moment is not None:
+        kept, corrected = sparsegpt(weight, option.sparsity, moment)
+        return corrected, kept
     seen = moment if methods["s"] == "wanda" else None
     if isinstance(option.sparsity, tuple):
-        return keep_pattern(weight, option.sparsity, seen)
+        return weight, keep_pattern(weight, option.sparsity, seen)
     if seen is None:
-        return keep_largest(weight, option.sparsity)
-    return keep_wanda(weight, option.sparsity, seen)
+        return weight, keep_largest(weight, option.sparsity)
+    return weight, keep_wanda(weight, option.sparsity, seen)
 
 
 def _entries(
@@ -244,14 +249,26 @@ def _entries(
         name = "weight" if kept is None else "values"
         values = weight if kept is None else weight[kept]
         return mask | {name: values.to(format.torch_dtype, copy=True).contiguous()}
-    if method == "hqq":
-        quantized = hqq(weight, format.bits, format.group, kept)
-    else:
-        importance = None if moment is None else moment.diagonal()
-        quantized = quantize(weight, format.bits, format.group, format.symmetric, kept, importance)
+    quantized = _quantized(weight, format, format.bits, kept, moment, method)
     codes = quantized.codes.flatten() if kept is None else quantized.codes[kept]
     zero = {} if quantized.zero is None else {"zero": quantized.zero}
     return mask | {"codes": pack_codes(codes, format.bits), "scale": quantized.scale} | zero
+
+
+def _quantized(
+    weight: Tensor,
+    format: Format,
+    bits: float,
+    kept: Tensor | None,
+    moment: Tensor | None,
+    method: str | None,
+) -> Quantized:
+    if method == "hqq":
+        return hqq(weight, bits, format.group, kept)
+    if method == "gptq" and moment is not None:
+        return gptq(weight, bits, format.group, format.symmetric, moment, kept)
+    importance = None if moment is None else moment.diagonal()
+    return quantize(weight, bits, format.group, format.symmetric, kept, importance)
 
 
 def _named(

@@ -27,7 +27,8 @@ POINTWISE = LayerShape(16, 72, ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1)))
 REALIZED = """dense f32 bf16 w2 w2g32 w3g64 w4g16 w4g32s w8 w8g32 w8a8 s50% s62.5%:magnitude
 r50%:svd r50% w4g64+r4 s50%+r8 s60%+w3g64 s50%:wanda+w4g32s:rtn+r4:svd s50%+w8 w5g32 w6 w6g16s
 w1.58 w1.58g16 s50%+w1.58g16 s50%+w5 w1.58g16+r8 w3g32:hqq s50%+w4:hqq 2:4 4:8:magnitude 2:4+w4g32
-2:4:wanda+w1.58g16+r4:svd""".split()
+2:4:wanda+w1.58g16+r4:svd w3g32:gptq w4g16s:gptq w8:gptq w1.58g16:gptq s50%:sparsegpt
+2:4:sparsegpt s50%:sparsegpt+w3g32:gptq+r4 2:4+w4g32:gptq""".split()
 
 
 def _case(shape=SHAPE, seed=0):
@@ -130,6 +131,23 @@ def test_realize_by_hqq_does_not_depend_on_statistics(text):
     assert not torch.equal(seen["zero"], _realize(text.removesuffix(":hqq")).tensors["zero"])
 
 
+@pytest.mark.parametrize(
+    ("better", "than"),
+    [
+        ("w3g32:gptq", "w3g32"),
+        ("w3:gptq", "w3"),
+        ("w4g32s:gptq", "w4g32s"),
+        ("w1.58g32:gptq", "w1.58g32"),
+        ("s30%:sparsegpt", "s30%"),
+        ("2:4:sparsegpt", "2:4"),
+        ("s50%+w3g32:gptq", "s50%+w3g32"),
+        ("2:4:sparsegpt+w3g32:gptq", "2:4+w3g32:gptq"),
+    ],
+)
+def test_what_makes_up_for_errors_loses_less(better: str, than: str):
+    assert _output_error(better) < 0.9 * _output_error(than)
+
+
 def test_realize_more_bits_lose_less():
     errors = [_output_error(f"w{bits}g32") for bits in ("1.58", "2", "3", "4", "5", "6", "8")]
     assert errors == sorted(errors, reverse=True)
@@ -155,7 +173,9 @@ def test_effective_methods_falls_back_without_statistics():
     assert effective_methods(option, False) == {"s": "magnitude", "w": "rtn", "residual": "svd"}
 
 
-@pytest.mark.parametrize("text", ["s50%:wanda", "r50%:whitened", "w4+r8:whitened"])
+@pytest.mark.parametrize(
+    "text", ["s50%:wanda", "r50%:whitened", "w4+r8:whitened", "w4:gptq", "2:4:sparsegpt"]
+)
 def test_effective_methods_refuses_asked_methods_without_statistics(text):
     with pytest.raises(InvalidInput, match="needs calibration statistics"):
         effective_methods(parse_option(text), False)
