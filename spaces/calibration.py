@@ -1,6 +1,7 @@
 """One pass over calibration data: what every compressor needs to know of a layer's inputs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from apportion.errors import InvalidInput
 from apportion.spaces.batches import Batch, call
 from apportion.spaces.compressors.compose import InputStatistics
 from apportion.spaces.sites import Member, Site
-from apportion.spaces.space import Space
+
+Sums = dict[str, InputStatistics]
+SLICE = 256
 
 
 def _rows(layer_input: Tensor, member: Member) -> Tensor | None:
@@ -27,9 +30,7 @@ def _rows(layer_input: Tensor, member: Member) -> Tensor | None:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def _accumulate(
-    site: Site, sums: dict[str, InputStatistics]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _accumulate(site: Site, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     member = site.members[0]
     width = member.shape.in_features
 
@@ -38,52 +39,69 @@ def _accumulate(
         if rows is None:
             return
         rows = rows.float()
-        seen = sums.setdefault(
-            site.name, InputStatistics(torch.zeros(width, width, dtype=torch.float64), 0)
-        )
-        seen.second_moment += (rows.T @ rows).double()
+        if site.name not in sums:
+            zeros = torch.zeros(width, width, dtype=torch.float64)
+            sums[site.name] = InputStatistics(zeros, 0)
+        seen = sums[site.name]
+        product = rows.T @ rows
+        # Adding float32 to float64 makes a float64 copy: of a slice, it is small.
+        for first in range(0, width, SLICE):
+            seen.second_moment[first : first + SLICE] += product[first : first + SLICE]
         seen.tokens += rows.shape[0]
 
     return add
 
 
+@contextmanager
+def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[Sums]:
+    """Sum what enters the weight sites among `sites`, in every pass that is made meanwhile.
+
+    Gives, for each site that was reached, the float64 sum `[in, in]` of its float32 products.
+
+    Raises:
+        InvalidInput: at the end, inputs that are not finite.
+    """
+    sums: Sums = {}
+    handles = [
+        model.get_submodule(site.members[0].module).register_forward_pre_hook(
+            _accumulate(site, sums)
+        )
+        for site in sites
+        if not site.is_structure
+    ]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, statistics in sums.items():
+        if not bool(torch.isfinite(statistics.second_moment).all()):
+            raise InvalidInput(f"data.calibration: the inputs of site {name} are not finite")
+
+
 @torch.no_grad()
 def collect(
     model: nn.Module,
-    space: Space,
+    sites: Iterable[Site],
     batches: Iterable[Batch],
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, InputStatistics]:
-    """Second moments of each weight site's input, summed in float64.
+) -> Sums:
+    """Second moments of each weight site's input, all at once, summed in float64.
 
     Args:
         model: the dense model.
-        space: its weight sites are watched; members of a group share one input.
+        sites: the weight sites among them are watched; members of a group share one input.
         batches: calibration data.
         progress: told how many batches are done.
 
     Raises:
         InvalidInput: no data, or inputs that are not finite.
     """
-    sums: dict[str, InputStatistics] = {}
-    handles = [
-        model.get_submodule(site.members[0].module).register_forward_pre_hook(
-            _accumulate(site, sums)
-        )
-        for site in space.sites
-        if not site.is_structure
-    ]
     done = 0
-    try:
+    with watched(model, sites) as sums:
         for done, batch in enumerate(batches, 1):
             call(model, batch)
             progress(done)
-    finally:
-        for handle in handles:
-            handle.remove()
     if done == 0:
         raise InvalidInput("data.calibration: there is no calibration data")
-    for name, statistics in sums.items():
-        if not bool(torch.isfinite(statistics.second_moment).all()):
-            raise InvalidInput(f"data.calibration: the inputs of site {name} are not finite")
     return sums

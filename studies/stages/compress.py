@@ -3,18 +3,18 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
 
-from apportion.files import write_whole
 from apportion.hashing import content_hash, tensors_hash
+from apportion.spaces.activations import Activations
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import entry_key
-from apportion.spaces.calibration import collect
+from apportion.spaces.calibration import Sums
 from apportion.spaces.compressors.compose import InputStatistics, realize
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
 from apportion.spaces.space import Space
+from apportion.spaces.statistics import read_statistics, write_statistics
+from apportion.spaces.streaming import Portion, portions, stream
 from apportion.studies.context import RANK_MULTIPLE, Context, Output
 from apportion.studies.evaluations import Stopped
 
@@ -24,47 +24,71 @@ CALIBRATION_VERSION = 1
 
 
 class Statistics:
-    """Input statistics of every weight site, kept in the cache and collected again if lost."""
+    """Input statistics of every weight site, in one file of the cache for each block.
+
+    What is missing is collected; only one site's are in memory after that.
+    """
 
     def __init__(self, context: Context, space: Space) -> None:
         self.context = context
-        self.space = space
-        self.sites: dict[str, InputStatistics] = {}
+        self.portions = portions(space.sites, context.setting.blocks)
+        self._portion = {site.name: p for p in self.portions for site in p.sites}
+        self._last: tuple[str, InputStatistics | None] | None = None
 
-    @property
-    def path(self) -> Path:
-        """The cache file, named by what the statistics are of."""
+    def path(self, portion: Portion) -> Path:
+        """The cache file of a block, named by what its statistics are of."""
         opened, data = self.context.opened, self.context.samples("calibration").hash
-        names = [site.name for site in self.space.sites if not site.is_structure]
+        names = [site.name for site in portion.sites]
         made_from = [opened.revision, self.context.spec.model.dtype, data, names]
         name = content_hash([CALIBRATION_VERSION, *made_from])
         return self.context.home.cache / f"calibration-{name}.safetensors"
 
-    def load(self) -> None:
-        """Read the statistics, or collect them in one pass over the calibration data."""
-        if self.path.is_file():
-            tensors = load_file(self.path)
-            tokens = {n.removesuffix(":n"): int(t) for n, t in tensors.items() if n.endswith(":n")}
-            self.sites = {name: InputStatistics(tensors[name], n) for name, n in tokens.items()}
+    def collect(self) -> None:
+        """Collect what the cache does not hold; a finished block is whole and stays.
+
+        Raises:
+            InvalidInput: calibration data that cannot be used.
+            Stopped: the user asked to stop.
+        """
+        missing = [portion for portion in self.portions if not self.path(portion).is_file()]
+        if not missing:
             return
         chunks = self.context.samples("calibration").chunks(CALIBRATION_BATCH)
+        counts = [0]
+
+        def keep(portion: Portion, sums: Sums) -> None:
+            write_statistics(self.path(portion), sums)
+            counts.extend(found.tokens for found in sums.values())
+
         with self.context.display.stage("calibrate") as bar:
-            self.sites = collect(
+
+            def progress(done: int, total: int) -> None:
+                if self.context.stop.is_set():
+                    raise Stopped
+                bar.update(done, total, "")
+
+            reason = stream(
                 self.context.model,
-                self.space,
-                (chunk.batch for chunk in chunks),
-                lambda done: bar.update(done, len(chunks), ""),
+                self.context.setting.blocks,
+                missing,
+                [chunk.batch for chunk in chunks],
+                Activations(self.context.home.cache),
+                keep,
+                progress,
             )
-            count = f"{max(s.tokens for s in self.sites.values()):,}" if self.sites else "0"
-            bar.end(f"{count} tokens" if self.context.spec.data.is_text else f"{count} rows")
-        kept: dict[str, Tensor] = {}
-        for name, statistics in self.sites.items():
-            kept |= {name: statistics.second_moment, f"{name}:n": torch.tensor(statistics.tokens)}
-        write_whole(self.path, save(kept))
+            unit = "tokens" if self.context.spec.data.is_text else "rows"
+            told = f", all blocks at once: {reason}" if reason else ""
+            bar.end(f"{max(counts):,} {unit}{told}")
+
+    def of(self, site: str) -> InputStatistics | None:
+        """A site's statistics; None where calibration saw nothing enter it."""
+        if self._last is None or self._last[0] != site:
+            self._last = (site, read_statistics(self.path(self._portion[site]), site))
+        return self._last[1]
 
     def hash(self, site: str) -> str | None:
         """Content hash of a site's statistics; None where it has none."""
-        found = self.sites.get(site)
+        found = self.of(site)
         if found is None:
             return None
         return tensors_hash({"m": found.second_moment, "n": torch.tensor(found.tokens)})
@@ -78,7 +102,7 @@ def run(context: Context, space: Space) -> Output:
         Stopped: the user asked to stop; whole entries stay.
     """
     statistics = Statistics(context, space)
-    statistics.load()
+    statistics.collect()
     sites = [place for place, site in enumerate(space.sites) if not site.is_structure]
     total = sum(len(space.options[place]) - 1 for place in sites)
     index: dict[str, dict[str, str]] = {}
@@ -127,7 +151,7 @@ def _fill(context: Context, site: Site, option: Option, key: str, statistics: St
             member_weight(context.model, member).float(),
             member.shape,
             option,
-            statistics.sites.get(site.name),
+            statistics.of(site.name),
             context.spec.model.dtype,
             RANK_MULTIPLE,
         )

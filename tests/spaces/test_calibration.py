@@ -13,7 +13,7 @@ from apportion.spaces.space import Entry, build_space
 
 def watched(model, batches, pattern="*"):
     space = build_space(discover(model, batches[0]).sites, [Entry((pattern,), ("w8",))])
-    return collect(model, space, batches)
+    return collect(model, space.sites, batches)
 
 
 def oracle(rows):
@@ -106,13 +106,20 @@ def test_collect_of_inputs_that_are_not_finite_names_the_site(bad):
 
 def test_collect_without_data_says_so(make_model, full_space):
     with pytest.raises(InvalidInput, match=r"data\.calibration: there is no calibration data"):
-        collect(make_model("conv"), full_space("conv"), [])
+        collect(make_model("conv"), full_space("conv").sites, [])
 
 
 def test_collect_tells_progress_and_leaves_no_hooks(make_model, full_space, make_batch):
     model, told = make_model("conv"), []
-    collect(model, full_space("conv"), [make_batch("conv")] * 3, told.append)
+    collect(model, full_space("conv").sites, [make_batch("conv")] * 3, told.append)
     with pytest.raises(RuntimeError):
-        collect(model, full_space("conv"), [torch.zeros(1, 1, 1, 1)])
+        collect(model, full_space("conv").sites, [torch.zeros(1, 1, 1, 1)])
     assert told == [1, 2, 3]
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_collect_adds_exact_products_of_wide_layers():
+    model = frozen(nn.Sequential(nn.Linear(600, 3), nn.Linear(3, 2)))
+    first, second = torch.randn(7, 600), torch.randn(5, 600)
+    expected = (first.T @ first).double() + (second.T @ second).double()
+    assert torch.equal(watched(model, [first, second])["0"].second_moment, expected)
