@@ -15,7 +15,7 @@ from apportion.search.solvers.exact import Exact
 from apportion.search.solvers.greedy import greedy_strategy
 from apportion.search.solvers.hybrid import Hybrid
 from apportion.search.solvers.ladder import ilp_strategy
-from apportion.search.solvers.samplers import nsga2, sampler_strategy, tpe
+from apportion.search.solvers.samplers import Sampling, nsga2, tpe
 from apportion.search.solvers.uniform import uniform_strategy
 
 
@@ -34,12 +34,12 @@ SOLVERS: dict[str, Callable[[Problem, Settings, dict[str, Any]], Strategy]] = {
     "evopress": lambda problem, settings, answers: evopress_strategy(
         Ledger(problem, settings), problem, _memory(settings, answers)
     ),
-    "optuna:nsga2": lambda problem, settings, _: sampler_strategy(
-        Ledger(problem, settings), problem, settings.seed, nsga2, costs=True
-    ),
-    "optuna:tpe": lambda problem, settings, _: sampler_strategy(
-        Ledger(problem, settings), problem, settings.seed, tpe, costs=False
-    ),
+    "optuna:nsga2": lambda problem, settings, answers: Sampling(
+        Ledger(problem, settings), problem, _memory(settings, answers), nsga2, costs=True
+    ).strategy(),
+    "optuna:tpe": lambda problem, settings, answers: Sampling(
+        Ledger(problem, settings), problem, _memory(settings, answers), tpe, costs=False
+    ).strategy(),
     "uniform": lambda problem, settings, _: uniform_strategy(Ledger(problem, settings), problem),
 }
 

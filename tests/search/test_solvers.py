@@ -1,10 +1,12 @@
 """What every solver promises, and what each reaches on problems with known losses."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
+import optuna
 import pytest
 
 from apportion.errors import ApportionError, InvalidInput
@@ -57,6 +59,17 @@ def test_replay_solves_no_program_again(synthetic, drive, monkeypatch):
     log = drive(first, world)
     monkeypatch.setattr(Exact, "_solve", lambda *_: pytest.fail("solved again"))
     second = make_solver("hybrid", world.problem, SETTINGS, first.state())
+    assert [p for p, _ in drive(second, world)] == [p for p, _ in log]
+
+
+@pytest.mark.parametrize("name", ["optuna:nsga2", "optuna:tpe"])
+def test_replay_draws_nothing_again(name, synthetic, drive, monkeypatch):
+    world = synthetic(2)
+    first = make_solver(name, world.problem, SETTINGS)
+    log = drive(first, world)
+    monkeypatch.setattr(optuna.Study, "ask", lambda *_: pytest.fail("drawn again"))
+    state = json.loads(json.dumps(first.state()))
+    second = make_solver(name, world.problem, SETTINGS, state)
     assert [p for p, _ in drive(second, world)] == [p for p, _ in log]
 
 
