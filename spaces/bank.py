@@ -11,13 +11,14 @@ from torch import Tensor
 
 from apportion.errors import ApportionError
 from apportion.files import write_whole
-from apportion.hashing import content_hash, file_hash
+from apportion.hashing import content_hash, file_hash, tensors_hash
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.spaces.grammar import Option
 
 # Part of every entry's name: raise it when a compressor gives other numbers than before
 # (tests/spaces/test_bank.py holds a golden entry that notices).
 COMPRESSOR_VERSION = 1
+HASH = "tensors"
 
 
 class NotFetched(ApportionError):
@@ -40,7 +41,8 @@ class Bank:
     """A folder of realized options, one safetensors file each: whole entries only.
 
     An entry holds the packed tensors of all members of a site, named `MEMBER.TENSOR`, and in its
-    header the members' formats and shapes.
+    header the members' formats and shapes, and the hash of the tensors, which every read checks.
+    (Entries that were written before there was one are read as they are.)
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class Bank:
             for name, tensor in member.tensors.items()
         }
         header = [{"format": m.format.to_json(), "shape": m.shape.to_json()} for m in stored]
-        content = save(tensors, metadata={"members": json.dumps(header)})
+        described = {"members": json.dumps(header), HASH: tensors_hash(tensors)}
+        content = save(tensors, metadata=described)
         write_whole(self.path(key), content)
 
     def ensure(self, key: str) -> None:
@@ -108,8 +111,11 @@ class Bank:
         self.ensure(key)
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["members"])
+                described = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads(described["members"])
+            if described.get(HASH) not in (None, tensors_hash(tensors)):
+                raise ValueError("its numbers are not those that were written: the disk is faulty")
             return [_member(place, header[place], tensors) for place in range(len(header))]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error

@@ -96,7 +96,13 @@ def lose_tensor(path):
     save_file(tensors, path, metadata=header)
 
 
-@pytest.mark.parametrize("damage", [truncate, strip_header, lose_tensor])
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, strip_header, lose_tensor, flip_bit])
 def test_get_of_a_damaged_entry_names_it(bank, damage):
     bank.put("a1", [stored("w4g32")])
     (path,) = bank.folder.rglob("*.safetensors")
