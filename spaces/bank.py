@@ -41,7 +41,7 @@ class Bank:
     """A folder of realized options, one safetensors file each: whole entries only.
 
     An entry holds the packed tensors of all members of a site, named `MEMBER.TENSOR`, and in its
-    header the members' formats and shapes, and the hash of the tensors, which every read checks.
+    header the members' formats and shapes, and the hash of their tensors, which every read checks.
     (Entries that were written before there was one are read as they are.)
     """
 
@@ -82,9 +82,16 @@ class Bank:
             for place, member in enumerate(stored)
             for name, tensor in member.tensors.items()
         }
-        header = [{"format": m.format.to_json(), "shape": m.shape.to_json()} for m in stored]
-        described = {"members": json.dumps(header), HASH: tensors_hash(tensors)}
-        content = save(tensors, metadata=described)
+        header = [
+            {
+                "format": m.format.to_json(),
+                "shape": m.shape.to_json(),
+                HASH: tensors_hash(m.tensors),
+            }
+            for m in stored
+        ]
+        # one key: safetensors writes several in any order, and equal entries are equal files
+        content = save(tensors, metadata={"members": json.dumps(header)})
         write_whole(self.path(key), content)
 
     def ensure(self, key: str) -> None:
@@ -111,11 +118,8 @@ class Bank:
         self.ensure(key)
         try:
             with safe_open(path, framework="pt") as file:
-                described = file.metadata()
+                header = json.loads(file.metadata()["members"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = json.loads(described["members"])
-            if described.get(HASH) not in (None, tensors_hash(tensors)):
-                raise ValueError("its numbers are not those that were written: the disk is faulty")
             return [_member(place, header[place], tensors) for place in range(len(header))]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
@@ -124,6 +128,8 @@ class Bank:
 def _member(place: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredWeight:
     prefix = f"{place}."
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if header.get(HASH) not in (None, tensors_hash(own)):
+        raise ValueError("its numbers are not those that were written: the disk is faulty")
     return StoredWeight(
         Format.from_json(header["format"]), LayerShape.from_json(header["shape"]), own
     )

@@ -48,6 +48,7 @@ def drive(context: Context) -> None:
     context.record_change()
     compressed = context.stage("compress", lambda: compress.run(context, prices.space))
     if context.report() is None:
+        compress.restore(context, prices.space, compressed["index"])
         _rounds(context, prices, profiled, compressed["index"])
     context.say("done", "")
 

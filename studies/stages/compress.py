@@ -1,9 +1,11 @@
 """Calibrate and compress: the bank of realized options, each made once."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from apportion.errors import ApportionError
 from apportion.hashing import content_hash, tensors_hash
 from apportion.spaces.activations import Activations
 from apportion.spaces.apply import member_weight
@@ -124,10 +126,44 @@ def run(context: Context, space: Space) -> Output:
     return {"index": index, "entries": total}
 
 
+def restore(context: Context, space: Space, index: Mapping[str, Mapping[str, str]]) -> None:
+    """Make again what the bank has lost since the stage ended: cleared by hand, or a new disk.
+
+    Raises:
+        ApportionError: this version would make something else.
+        InvalidInput, Stopped: like `run`.
+    """
+    places = [space.names[name] for name, keys in index.items() if not _all_there(context, keys)]
+    if not places:
+        return
+    context.display.warning(
+        f"bank entries of {len(places)} site{'' if len(places) == 1 else 's'} are gone from "
+        f"{context.home.bank}; they are made again"
+    )
+    statistics = Statistics(context, space)
+    statistics.collect()
+    for place in places:
+        site, options = space.sites[place], space.options[place][1:]
+        keys = _keys(context, site, options, statistics)
+        if keys != index[site.name]:
+            raise ApportionError(
+                f"the bank has lost entries of {site.name}, and this version would make others; "
+                "submit the study under another name"
+            )
+        for option in options:
+            if context.stop.is_set():
+                raise Stopped
+            _fill(context, site, option, keys[str(option)], statistics)
+
+
+def _all_there(context: Context, keys: Mapping[str, str]) -> bool:
+    return all(context.bank.has(key) for key in keys.values())
+
+
 def _keys(
     context: Context, site: Site, options: tuple[Option, ...], statistics: Statistics
 ) -> dict[str, str]:
-    weights = {m.module: member_weight(context.model, m) for m in site.members}
+    weights = {m.path: member_weight(context.model, m) for m in site.members}
     weights_hash, statistics_hash = tensors_hash(weights), statistics.hash(site.name)
     dtype = context.spec.model.dtype
     return {

@@ -53,6 +53,15 @@ def test_other_limit_is_a_new_round(copied: Journey) -> None:
     assert copied.run("db", "check").status == 0
 
 
+def test_a_bank_that_is_gone_is_made_again(copied: Journey) -> None:
+    entries = {path: path.read_bytes() for path in (copied.home / "bank").rglob("*.safetensors")}
+    shutil.rmtree(copied.home / "bank")
+    ended = copied.piped("resume", "tiny", "--limit", "weight_bytes=0.1x")
+    assert ended.status == 0
+    assert "are gone from" in ended.out + ended.error and "made again" in ended.out + ended.error
+    assert {path: path.read_bytes() for path in entries} == entries
+
+
 def test_same_limit_changes_nothing(copied: Journey) -> None:
     before = copied.path()
     ended = copied.piped("resume", "tiny", "--limit", "weight_bytes=0.4x")
