@@ -1,4 +1,5 @@
-"""Convolutions: any format as a dense kernel, a low-rank pair as two convolutions."""
+"""Convolutions: any format as a dense kernel, a low-rank pair as two convolutions, Tucker's form
+as three."""
 
 from collections.abc import Sequence
 
@@ -65,6 +66,11 @@ def _conv(stored: StoredWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.M
     geometry = stored.shape.conv
     if geometry is None:
         raise ApportionError("a linear layer was handed to a convolution")
+    if stored.format.input_rank is not None:
+        first, second, last = (stored.tensors[n].to(dtype) for n in ("right", "core", "left"))
+        return nn.Sequential(
+            Conv(first, None, POINTWISE), Conv(second, None, geometry), Conv(last, bias, POINTWISE)
+        )
     # The right factor is common to all groups of channels: a grouped pair is no two convolutions.
     if stored.format.rank is None or geometry.groups > 1:
         return Conv(reference_weight(stored).to(dtype), bias, geometry)

@@ -7,7 +7,9 @@ The tensors of a `StoredWeight` for a matrix [out, in], by format:
 | plain | `weight` [out, in] in `dtype` |
 | sparse | `mask` uint8 [ceil(out * in / 8)], `values` [nonzeros] in `dtype`, row by row |
 | integers | `codes` uint8 [ceil(n * bits / 8)], of ternary [ceil(n / 5)], n = out * in (when sparse: the nonzeros, and `mask`), `scale` bfloat16 [out, groups], `zero` bfloat16 [out, groups] unless symmetric |
+| outliers, with integers below 8 bits | `outlier_values` bfloat16 [n], row by row, in place of what their codes stand for; `outlier_places` uint8 [n] and `outlier_counts` uint8 [ceil((n + ceil(out * in / 256)) / 8)], where they stand (`kernels.positions`) |
 | low rank | `left` [out, rank] and `right` [rank, in] in `dtype` |
+| Tucker-2, of a convolution | `left` [out, rank], `core` [rank, input_rank * kernel positions] and `right` [input_rank, channels] in `dtype` |
 | residual, with any but low rank | `residual_left` [out, k] and `residual_right` [k, in] in bfloat16 |
 
 An integer code q stands for w = (q - 2^(bits - 1)) * scale + zero, a ternary one for
@@ -25,12 +27,15 @@ from torch import Tensor
 from apportion.errors import InvalidInput
 from apportion.kernels.codes import CODE_BITS, TERNARY_BITS
 from apportion.kernels.packing import packed_bytes, unpack_mask
+from apportion.kernels.positions import counts_bytes
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+LATER_FIELDS = ("input_rank", "outliers")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ class Format:
         sparse: Only the nonzeros are stored, with a mask.
         rank: Inner dimension of a low-rank pair that stands for the matrix; None: no pair.
         residual_rank: Inner dimension of a pair that is added to the rest; None: no residual.
+        input_rank: Input channels of the core of a convolution's Tucker form, whose output channels
+            are `rank`; None: no such form.
+        outliers: How many weights are kept in bfloat16 and not as codes; None: none.
 
     Raises:
         InvalidInput: If the parts do not fit each other.
@@ -96,6 +104,8 @@ class Format:
     sparse: bool = False
     rank: int | None = None
     residual_rank: int | None = None
+    input_rank: int | None = None
+    outliers: int | None = None
 
     def __post_init__(self) -> None:
         if reason := _contradiction(self):
@@ -114,7 +124,9 @@ class Format:
         return in_features // self.group
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields, but for later ones that say nothing: keys made before them stay."""
+        value = asdict(self)
+        return {k: v for k, v in value.items() if v is not None or k not in LATER_FIELDS}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -165,6 +177,13 @@ def layout(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor that stores one weight; arguments as `stored_bytes`."""
     out, inputs, dtype = shape.out_features, shape.in_features, format.torch_dtype
+    if format.rank is not None and format.input_rank is not None:
+        channels, positions = _channels(shape)
+        return {
+            "left": (dtype, (out, format.rank)),
+            "core": (dtype, (format.rank, format.input_rank * positions)),
+            "right": (dtype, (format.input_rank, channels)),
+        }
     if format.rank is not None:
         return {"left": (dtype, (out, format.rank)), "right": (dtype, (format.rank, inputs))}
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -182,6 +201,10 @@ def layout(
         tensors["values"] = (dtype, (entries,))
     else:
         tensors["weight"] = (dtype, (out, inputs))
+    if count := format.outliers:
+        tensors["outlier_values"] = (torch.bfloat16, (count,))
+        tensors["outlier_places"] = (torch.uint8, (count,))
+        tensors["outlier_counts"] = (torch.uint8, (counts_bytes(count, shape.weights),))
     if rank := format.residual_rank:
         tensors["residual_left"] = (torch.bfloat16, (out, rank))
         tensors["residual_right"] = (torch.bfloat16, (rank, inputs))
@@ -203,6 +226,14 @@ def stored_bytes(format: Format, shape: LayerShape, nonzeros: int | None = None)
     return sum(math.prod(size) * dtype.itemsize for dtype, size in tensors.values())
 
 
+def _channels(shape: LayerShape) -> tuple[int, int]:
+    """(input channels, positions of the kernel) of a convolution in Tucker's form."""
+    if shape.conv is None or shape.conv.groups > 1:
+        raise InvalidInput("format: Tucker's form is for convolutions without groups")
+    positions = math.prod(shape.conv.kernel)
+    return shape.in_features // positions, positions
+
+
 def _contradiction(format: Format) -> str | None:
     if format.dtype not in DTYPES:
         return f"dtype {format.dtype!r} is unknown; known: {', '.join(DTYPES)}"
@@ -218,6 +249,12 @@ def _contradiction(format: Format) -> str | None:
         exact = format.activation_bits == 8 and format.bits == 8 and format.symmetric
         if not exact or format.group is not None or format.sparse or format.residual_rank:
             return "integer activations need 8 bits, symmetric 8-bit weights and nothing else"
+    if format.outliers is not None and (format.bits is None or format.bits == 8):
+        return "outliers are kept from weights of less than 8 bits"
+    if format.outliers is not None and format.outliers < 1:
+        return f"{format.outliers} outliers are not a positive number"
+    if format.input_rank is not None and format.rank is None:
+        return "a rank of the input channels needs one of the output channels"
     if format.rank is not None and (format.bits or format.sparse or format.residual_rank):
         return "a low-rank pair combines with nothing else"
     return None

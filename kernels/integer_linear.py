@@ -188,8 +188,8 @@ def refuses_reference_int8(format: Format, shapes: Sequence[LayerShape], device:
 def _refuses_integers(format: Format, shapes: Sequence[LayerShape], bits: int) -> str | None:
     if format.bits != bits:
         return f"is for {bits}-bit weights"
-    if format.sparse or format.residual_rank:
-        return "takes neither masks nor residuals"
+    if format.sparse or format.residual_rank or format.outliers:
+        return "takes neither masks nor outliers nor residuals"
     return refuses_convolutions(shapes)
 
 

@@ -9,6 +9,7 @@ from apportion.errors import ApportionError
 from apportion.kernels.codes import middle
 from apportion.kernels.formats import ConvGeometry, Format, LayerShape, StoredWeight
 from apportion.kernels.packing import unpack_codes, unpack_mask
+from apportion.kernels.positions import unpack_positions
 
 ACTIVATION_LEVELS = 127
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -22,6 +23,10 @@ EXACT_INPUTS = 1024
 def reference_weight(stored: StoredWeight) -> Tensor:
     """The dense matrix that a stored weight stands for, float32 [out, in]."""
     tensors = stored.tensors
+    if stored.format.input_rank is not None:
+        left, core, right = (tensors[name].double() for name in ("left", "core", "right"))
+        kernel = core.view(len(core), len(right), -1)
+        return torch.einsum("or,rip,ic->ocp", left, kernel, right).flatten(1).float()
     if stored.format.rank is not None:
         return tensors["left"].float() @ tensors["right"].float()
     weight = _integer_weight(stored) if stored.format.bits else _plain_weight(stored)
@@ -160,7 +165,17 @@ def _integer_weight(stored: StoredWeight) -> Tensor:
     weight = grouped.view(out, inputs)
     if stored.format.sparse:
         weight = weight.masked_fill(~_mask(stored), 0)
+    if stored.format.outliers:
+        weight = _with_outliers(stored, weight)
     return weight
+
+
+def _with_outliers(stored: StoredWeight, weight: Tensor) -> Tensor:
+    tensors = stored.tensors
+    places, counts = tensors["outlier_places"], tensors["outlier_counts"]
+    positions = unpack_positions(places, counts, stored.shape.weights)
+    values = tensors["outlier_values"].float()
+    return weight.flatten().index_copy(0, positions, values).view_as(weight)
 
 
 def _spread(stored: StoredWeight, entries: Tensor) -> Tensor:

@@ -51,8 +51,9 @@ class Implementation:
         """
         if not weights or len(weights) != len(biases):
             raise ApportionError(f"{len(weights)} weights and {len(biases)} biases make no group")
-        # A group takes one option, which gives its members different ranks at most.
-        if len({replace(weight.format, rank=None) for weight in weights}) != 1:
+        # A group takes one option, which gives its members different sizes at most.
+        formats = [weight.format for weight in weights]
+        if len({replace(f, rank=None, input_rank=None, outliers=None) for f in formats}) != 1:
             raise InvalidInput(f"{self.name}: the layers of a group have one format")
         shapes = [weight.shape for weight in weights]
         devices = {str(t.device) for weight in weights for t in weight.tensors.values()}

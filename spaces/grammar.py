@@ -16,13 +16,14 @@ from apportion.kernels.codes import CODE_BITS, TERNARY_BITS
 
 STRUCTURE_NAMES = ("keep", "drop")
 NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
-STEPS = ("c", "s", "r", "w", "residual")
+STEPS = ("c", "s", "r", "w", "o", "residual")
 ORDER = ", ".join(STEPS)
 METHODS: Mapping[str, tuple[str, ...]] = {
     "c": (),
     "s": ("magnitude", "wanda", "sparsegpt"),
     "r": ("svd", "whitened"),
     "w": ("rtn", "hqq", "gptq"),
+    "o": (),
     "residual": ("svd", "whitened"),
 }
 WITHOUT_STATISTICS = ("magnitude", "svd", "hqq")
@@ -33,16 +34,28 @@ BITS = "weights have 1 to 8 bits, or 1.58 (ternary)"
 
 _OPERATION = re.compile(r"op:([A-Za-z0-9_.-]+)")
 _STEP = re.compile(
-    r"(?:(?P<percent_step>[csr])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
+    r"(?:(?P<percent_step>[csro])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
     r"|(?P<kept>[0-9]{1,9}):(?P<of>[0-9]{1,9})"
     r"|w(?P<bits>[0-9]{1,9}(?:\.[0-9]{1,9})?)(?:a(?P<activation_bits>[0-9]{1,9}))?"
     r"(?:g(?P<group>[0-9]{1,9})(?P<symmetric>s?))?"
     r"|r(?P<residual_rank>[0-9]{1,9}))"
     r"(?::(?P<method>[^+:]*))?"
 )
-_FORMS = {"c": "cP%", "s": "sP%", "r": "rP%, or rK at the end", "w": "wN[a8][gK[s]]"}
+_FORMS = {
+    "c": "cP%",
+    "s": "sP%",
+    "r": "rP%, or rK at the end",
+    "w": "wN[a8][gK[s]]",
+    "o": "oP%, or op:NAME alone",
+}
+_PERCENTS = {
+    "c": "keep_percent",
+    "s": "sparsity",
+    "r": "rank_percent",
+    "o": "outlier_percent",
+}
 _SPELLINGS = (*NAMES, "op:NAME", "c75%", "s50%", "2:4", "r50%", "r16", "w1.58g64", "w2g64",
-              "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8")  # fmt: skip
+              "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8", "o1%")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class Option:
     """Inputs per scale; None: one scale per output channel."""
     symmetric: bool = False
     """No zero point: ternary and 8-bit options, others where `s` follows the group."""
+    outlier_percent: Decimal | None = None
+    """The percentage of weights that are not rounded but kept in bfloat16."""
     residual_rank: int | None = None
     methods: tuple[tuple[str, str], ...] = ()
     """(step, method) in the order of `STEPS`, only those that were asked for."""
@@ -81,7 +96,7 @@ class Option:
         """The text of one step without its method; empty where the option has no such step."""
         if step == "s" and isinstance(self.sparsity, tuple):
             return "{}:{}".format(*self.sparsity)
-        percent = {"c": self.keep_percent, "s": self.sparsity, "r": self.rank_percent}.get(step)
+        percent = getattr(self, _PERCENTS[step]) if step in _PERCENTS else None
         if isinstance(percent, Decimal):
             return f"{step}{percent.normalize():f}%"
         if step == "residual" and self.residual_rank is not None:
@@ -108,7 +123,9 @@ class Option:
     def needs_statistics(self) -> bool:
         """True where the realized weights depend on input statistics, if there are some."""
         methods = dict(self.methods)
-        return any(methods.get(step) not in WITHOUT_STATISTICS for step in self.steps)
+        # Outliers follow what rounds the rest: those of a method without statistics need none.
+        choosing = (step for step in self.steps if step != "o")
+        return any(methods.get(step) not in WITHOUT_STATISTICS for step in choosing)
 
 
 def parse_option(text: str) -> Option:
@@ -150,9 +167,20 @@ def _check_whole(text: str, option: Option, seen: list[str]) -> None:
         raise _wrong(text, f"steps go in the order {ORDER}: {option}")
     if str(option) != text:
         raise _wrong(text, f"write {option}")
+    if option.outlier_percent is not None:
+        _check_outliers(text, option)
     method = dict(option.methods).get("w")
     if method in WITH_ZEROS and option.symmetric:
         raise _wrong(text, f"{method} fits zeros, symmetric weights have none: {_fitting(option)}")
+
+
+def _check_outliers(text: str, option: Option) -> None:
+    if option.bits is None:
+        outliers = option._step("o")
+        raise _wrong(text, f"outliers are what a step w does not round: w3g16+{outliers}")
+    if option.bits == 8:
+        rest = replace(option, outlier_percent=None)
+        raise _wrong(text, f"8 bits round no weight so badly that it is an outlier: {rest}")
 
 
 def _fitting(option: Option) -> Option:
@@ -169,8 +197,7 @@ def _parse_step(text: str, part: str) -> tuple[str, dict[str, Any], str | None]:
         raise _wrong(text, _unknown(text, part))
     if match["percent"] is not None:
         step = match["percent_step"]
-        field = {"c": "keep_percent", "s": "sparsity", "r": "rank_percent"}[step]
-        values: dict[str, Any] = {field: _percent(text, part, match["percent"])}
+        values: dict[str, Any] = {_PERCENTS[step]: _percent(text, part, match["percent"])}
     elif match["kept"] is not None:
         step, values = "s", {"sparsity": _pattern(text, part, match["kept"], match["of"])}
     elif match["bits"] is not None:
@@ -253,8 +280,7 @@ def unrealized(option: Option) -> str | None:
     if option.keep_percent is not None:
         return f"{option}: keeping a share of channels (cP%) is not realized yet"
     if option.rank_percent is not None and len(option.steps) > 1:
-        alone = replace(option, sparsity=None, bits=None, group=None, residual_rank=None)
-        alone = replace(alone, activation_bits=None, symmetric=False, methods=())
+        alone = Option(rank_percent=option.rank_percent)
         return f"{option}: rank together with other steps is not realized yet; realized: {alone}"
     if option.bits is not None and option.bits not in CODE_BITS:
         realized = ", ".join(f"w{bits}" for bits in CODE_BITS)

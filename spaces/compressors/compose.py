@@ -2,23 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Decimal
 
 import torch
 from torch import Tensor
 
 from apportion.errors import InvalidInput
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
-from apportion.kernels.packing import pack_codes, pack_mask
 from apportion.kernels.reference import reference_weight
-from apportion.spaces.compressors.factorize import low_rank, rank_of
-from apportion.spaces.compressors.gptq import gptq
-from apportion.spaces.compressors.hqq import hqq
-from apportion.spaces.compressors.quantize import Quantized, quantize
+from apportion.spaces.compressors.encode import encode
+from apportion.spaces.compressors.factorize import low_rank
+from apportion.spaces.compressors.ranks import positions_of, ranks_of
+from apportion.spaces.compressors.refusals import (
+    group_refusal,
+    outlier_refusal,
+    pattern_refusal,
+    rank_refusal,
+    residual_refusal,
+)
 from apportion.spaces.compressors.residual import residual_pair
 from apportion.spaces.compressors.sparsegpt import sparsegpt
-from apportion.spaces.compressors.sparsify import keep_largest, keep_pattern, keep_wanda
-from apportion.spaces.grammar import ALWAYS_SYMMETRIC, WITHOUT_STATISTICS, Option, unrealized
+from apportion.spaces.compressors.sparsify import (
+    keep_largest,
+    keep_pattern,
+    keep_wanda,
+    removed_count,
+)
+from apportion.spaces.compressors.tucker import tucker2
+from apportion.spaces.grammar import WITHOUT_STATISTICS, Option, unrealized
 
 NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULTS = {"s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}
@@ -40,7 +50,7 @@ class InputStatistics:
 
 
 def effective_methods(option: Option, has_statistics: bool) -> dict[str, str]:
-    """The method of every step: the one asked for, else the default.
+    """The method of every step that has methods: the one asked for, else the default.
 
     Defaults: s wanda, r and residual whitened, w rtn. Where a layer has no statistics (an unfolded
     convolution may have none) the defaults are s magnitude, r and residual svd, w rtn.
@@ -56,7 +66,7 @@ def effective_methods(option: Option, has_statistics: bool) -> dict[str, str]:
                 f" ask for {FALLBACKS[step]}, or for no method"
             )
     defaults = DEFAULTS if has_statistics else FALLBACKS
-    return {step: asked.get(step, defaults[step]) for step in option.steps}
+    return {step: asked.get(step, defaults[step]) for step in option.steps if step in defaults}
 
 
 def refusal(option: Option, shape: LayerShape, rank_multiple: int = RANK_MULTIPLE) -> str | None:
@@ -65,69 +75,12 @@ def refusal(option: Option, shape: LayerShape, rank_multiple: int = RANK_MULTIPL
         return reason
     if option.is_structure:
         return f"{option} is for blocks and sub-blocks, not for a weight"
-    inputs = shape.in_features
-    if option.group is not None and inputs % option.group:
-        fitting = ", ".join(_fitting_groups(option, inputs))
-        return f"group {option.group} does not divide {inputs} inputs; nearest: {fitting}"
-    if isinstance(option.sparsity, tuple) and (
-        reason := _pattern_refusal(option, option.sparsity, shape)
-    ):
-        return reason
-    if option.rank_percent is not None or option.residual_rank is not None:
-        return _rank_refusal(option, shape, rank_multiple)
-    return None
-
-
-def _fitting_groups(option: Option, inputs: int) -> list[str]:
-    """The option with the nearest smaller and larger group that divides `inputs`, at least 8."""
-    groups = [group for group in range(8, inputs + 1) if inputs % group == 0]
-    wanted = option.group or 0
-    nearest = [group for group in groups if group < wanted][-1:]
-    nearest += [group for group in groups if group > wanted][:1]
-    if not nearest:
-        return [str(replace(option, group=None, symmetric=option.bits in ALWAYS_SYMMETRIC))]
-    return [str(replace(option, group=group)) for group in nearest]
-
-
-def _pattern_refusal(option: Option, pattern: tuple[int, int], shape: LayerShape) -> str | None:
-    """Why N:M cannot be had: M has to divide the inputs, and these have to be channels."""
-    n, m = pattern
-    percent = round(Decimal(100 * (m - n)) / m, 1)
-    share = replace(option, sparsity=min(max(percent, Decimal("0.1")), Decimal("99.9")))
-    if shape.conv is not None and shape.conv.kernel != (1, 1):
-        rows, columns = shape.conv.kernel
-        return f"{n}:{m} is realized for kernels of 1 x 1, not {rows} x {columns}; nearest: {share}"
-    inputs = shape.in_features
-    if inputs % m == 0:
-        return None
-    sizes = [size for size in range(2, inputs + 1) if inputs % size == 0]
-    nearest = [size for size in sizes if size < m][-1:] + [size for size in sizes if size > m][:1]
-    patterns = [(min(size - 1, max(1, round(Decimal(n * size) / m))), size) for size in nearest]
-    fitting = [replace(option, sparsity=pattern) for pattern in patterns] or [share]
-    told = ", ".join(map(str, fitting))
-    return f"{n}:{m} needs a multiple of {m} inputs, not {inputs}; nearest: {told}"
-
-
-def _rank_refusal(option: Option, shape: LayerShape, rank_multiple: int) -> str | None:
-    out, inputs = shape.out_features, shape.in_features
-    if shape.conv is not None:
-        step = "rP%" if option.rank_percent is not None else "+rK"
-        return f"{step} is not realized for convolutions; sP%, wN and both together are"
-    if option.residual_rank is not None:
-        if option.residual_rank < min(out, inputs):
-            return None
-        most = min(out, inputs) - 1
-        told = f"; at most: {replace(option, residual_rank=most)}" if most else ""
-        return f"a residual of rank {option.residual_rank} does not fit [{out}, {inputs}]{told}"
-    rank = rank_of(option.rank_percent or Decimal(0), out, inputs, rank_multiple)
-    if rank >= 1 and rank * (out + inputs) < out * inputs:
-        return None
-    least = Decimal(100 * rank_multiple * (out + inputs)) / (out * inputs)
-    percent = least.quantize(Decimal("0.1"), ROUND_CEILING)
-    told = f"; nearest: {replace(option, rank_percent=percent)}" if percent < 100 else ""
     return (
-        f"{option} of [{out}, {inputs}] is no rank that is a multiple of {rank_multiple} and"
-        f" saves parameters{told}"
+        group_refusal(option, shape)
+        or pattern_refusal(option, shape)
+        or outlier_refusal(option, shape)
+        or rank_refusal(option, shape, rank_multiple)
+        or residual_refusal(option, shape)
     )
 
 
@@ -147,10 +100,12 @@ def format_of(
     """
     if reason := refusal(option, shape, rank_multiple):
         raise InvalidInput(f'option "{option}": {reason}')
-    rank = None
+    rank, input_rank = None, None
     if option.rank_percent is not None:
-        sizes = (shape.out_features, shape.in_features)
-        rank = rank_of(option.rank_percent, *sizes, rank_multiple)
+        rank, input_rank = ranks_of(option.rank_percent, shape, rank_multiple)
+    outliers = None
+    if option.outlier_percent is not None:
+        outliers = removed_count(option.outlier_percent, shape.weights)
     return Format(
         dtype=NAMED_DTYPES.get(option.name or "", model_dtype),
         bits=option.bits,
@@ -159,7 +114,9 @@ def format_of(
         activation_bits=option.activation_bits,
         sparse=option.sparsity is not None,
         rank=rank,
+        input_rank=input_rank,
         residual_rank=option.residual_rank,
+        outliers=outliers,
     )
 
 
@@ -191,11 +148,10 @@ def realize(
     moment = None if statistics is None else statistics.second_moment
     if format.rank is not None:
         whitening = moment if methods["r"] == "whitened" else None
-        pair = low_rank(weight, format.rank, whitening)
-        return StoredWeight(format, shape, _named(("left", "right"), pair, format.torch_dtype))
+        return StoredWeight(format, shape, _factors(weight, shape, format, format.rank, whitening))
     left, kept = _sparsified(weight, option, methods, moment)
     plain = replace(format, residual_rank=None)
-    stored = StoredWeight(plain, shape, _entries(left, plain, kept, moment, methods.get("w")))
+    stored = StoredWeight(plain, shape, encode(left, plain, kept, moment, methods.get("w")))
     if format.residual_rank is None:
         return stored
     whitening = moment if methods["residual"] == "whitened" else None
@@ -236,42 +192,20 @@ def _sparsified(
     return weight, keep_wanda(weight, option.sparsity, seen)
 
 
-def _entries(
-    weight: Tensor,
-    format: Format,
-    kept: Tensor | None,
-    moment: Tensor | None,
-    method: str | None,
+def _factors(
+    weight: Tensor, shape: LayerShape, format: Format, rank: int, moment: Tensor | None
 ) -> dict[str, Tensor]:
-    """The tensors of everything but low rank and residual; `method` is that of the step w."""
-    mask = {} if kept is None else {"mask": pack_mask(kept.flatten())}
-    if format.bits is None:
-        name = "weight" if kept is None else "values"
-        values = weight if kept is None else weight[kept]
-        return mask | {name: values.to(format.torch_dtype, copy=True).contiguous()}
-    quantized = _quantized(weight, format, format.bits, kept, moment, method)
-    codes = quantized.codes.flatten() if kept is None else quantized.codes[kept]
-    zero = {} if quantized.zero is None else {"zero": quantized.zero}
-    return mask | {"codes": pack_codes(codes, format.bits), "scale": quantized.scale} | zero
-
-
-def _quantized(
-    weight: Tensor,
-    format: Format,
-    bits: float,
-    kept: Tensor | None,
-    moment: Tensor | None,
-    method: str | None,
-) -> Quantized:
-    if method == "hqq":
-        return hqq(weight, bits, format.group, kept)
-    if method == "gptq" and moment is not None:
-        return gptq(weight, bits, format.group, format.symmetric, moment, kept)
-    importance = None if moment is None else moment.diagonal()
-    return quantize(weight, bits, format.group, format.symmetric, kept, importance)
+    """The tensors of a low-rank pair, or of Tucker's form."""
+    if format.input_rank is None:
+        pair = low_rank(weight, rank, moment)
+        return _named(("left", "right"), pair, format.torch_dtype)
+    channels = weight.reshape(len(weight), -1, positions_of(shape))
+    factors = tucker2(channels, rank, format.input_rank, moment)
+    return _named(("left", "core", "right"), factors, format.torch_dtype)
 
 
 def _named(
-    names: tuple[str, str], pair: tuple[Tensor, Tensor], dtype: torch.dtype
+    names: tuple[str, ...], factors: tuple[Tensor, ...], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    return {name: factor.to(dtype).contiguous() for name, factor in zip(names, pair, strict=True)}
+    pairs = zip(names, factors, strict=True)
+    return {name: factor.to(dtype).contiguous() for name, factor in pairs}

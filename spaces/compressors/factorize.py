@@ -32,14 +32,14 @@ def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None) -> tuple[T
         second_moment: float64 [in, in], the sum of x x^T, or None.
     """
     exact = weight.double()
-    leading = torch.linalg.svd(exact @ _root(second_moment, weight.shape[1]), full_matrices=False)
+    leading = torch.linalg.svd(exact @ root_of(second_moment, weight.shape[1]), full_matrices=False)
     left = leading.U[:, :rank]
     return left, left.T @ exact
 
 
 # The options of one site follow each other, and all take the root of the same moment.
 @lru_cache(maxsize=1)
-def _root(second_moment: Tensor | None, inputs: int) -> Tensor:
+def root_of(second_moment: Tensor | None, inputs: int) -> Tensor:
     """S [in, in] with S S^T the damped second moment; the identity where there is nothing."""
     identity = torch.eye(inputs, dtype=torch.float64)
     if second_moment is None or not second_moment.diagonal().mean() > 0:

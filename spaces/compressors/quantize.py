@@ -71,7 +71,7 @@ def quantize(
     """
     out, inputs = weight.shape
     size = group or inputs
-    per_input = _importance(importance, inputs).expand(out, inputs)
+    per_input = relative_importance(importance, inputs).expand(out, inputs)
     if kept is not None:
         per_input = per_input * kept
     values, says = weight.reshape(-1, size), per_input.reshape(-1, size)
@@ -89,7 +89,7 @@ def quantize(
     )
 
 
-def _importance(importance: Tensor | None, inputs: int) -> Tensor:
+def relative_importance(importance: Tensor | None, inputs: int) -> Tensor:
     """float32 [in] around 1; inputs never seen keep a little say, so that they round sanely."""
     if importance is None or not importance.mean() > 0:
         return torch.ones(inputs)

@@ -30,6 +30,7 @@ ORIGINS = ("score", "uniform", "greedy", "ilp", "evopress", "hybrid", "optuna", 
 DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "f32": 32, "bf16": 16, "fp16": 16}
 SCALE_BITS = {True: 16, False: 32}  # symmetric or not, per group
 MASK_BITS = 1
+OUTLIER_BITS = 25.4  # its bfloat16 value and, where 1 % are outliers, its place
 TERNARY_STORED_BITS = 1.6  # five codes to a byte
 BITS = FloatDistribution(0.0, 64.0)  # w7g1 behind a mask has 40
 SHARE = FloatDistribution(0.0, 1.0)
@@ -139,6 +140,8 @@ def _stored_bits(option: Option, dense_bits: int) -> float:
         bits = TERNARY_STORED_BITS if option.bits == TERNARY_BITS else option.bits
         if option.group is not None:
             bits += SCALE_BITS[option.symmetric] / option.group
+    if option.outlier_percent is not None:
+        bits += OUTLIER_BITS * _part(option.outlier_percent)
     if isinstance(option.sparsity, tuple):
         kept, of = option.sparsity
         bits = MASK_BITS + bits * kept / of

@@ -7,6 +7,7 @@ import torch
 
 from apportion.kernels.formats import Format, LayerShape, StoredWeight, layout
 from apportion.kernels.packing import pack_mask
+from apportion.kernels.positions import pack_positions
 
 Store = Callable[..., StoredWeight]
 
@@ -28,6 +29,10 @@ def store() -> Store:
         tensors = {name: _random(name, *entry) for name, entry in wanted.items()}
         if format.sparse:
             tensors["mask"] = pack_mask(mask)
+        if format.outliers:
+            chosen = torch.randperm(shape.weights)[: format.outliers].sort().values
+            places, counts = pack_positions(chosen, shape.weights)
+            tensors |= {"outlier_places": places, "outlier_counts": counts}
         return StoredWeight(format, shape, tensors)
 
     return make

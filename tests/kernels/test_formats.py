@@ -34,7 +34,8 @@ def formats(draw: st.DrawFn) -> Format:
         return Format(dtype, **common)
     group = draw(st.sampled_from([None, 2, 16, 64]))
     symmetric = bits == TERNARY_BITS or draw(st.booleans())
-    return Format(dtype, bits, group, symmetric, **common)
+    outliers = None if bits == 8 else draw(st.none() | st.integers(1, 99))
+    return Format(dtype, bits, group, symmetric, **common, outliers=outliers)
 
 
 @given(formats(), st.integers(0, 5))
@@ -56,6 +57,8 @@ def test_stored_bytes_are_the_bytes_of_the_tensors(format: Format, seed: int) ->
         (Format("float32", 6, symmetric=True), None, 48 * 64 * 6 // 8 + 48 * 2),
         (Format("float32", 1.58, 32, symmetric=True), None, 615 + 48 * 2 * 2),
         (Format("float32", 1.58, symmetric=True, sparse=True), 1001, 384 + 201 + 48 * 2),
+        (Format("float32", 3, 32, outliers=31), None, 1152 + 384 + 31 * 3 + 6),
+        (Format("float32", 2, 64, sparse=True, outliers=100), 1001, 384 + 251 + 192 + 300 + 14),
         (Format("float32", rank=10), None, 112 * 10 * 4),
         (Format("float32", 2, 64, residual_rank=3), None, 768 + 192 + 112 * 3 * 2),
     ],
@@ -64,9 +67,29 @@ def test_stored_bytes_by_hand(format: Format, nonzeros: int | None, expected: in
     assert stored_bytes(format, SHAPE, nonzeros) == expected
 
 
+def test_tucker_form_has_a_core_between_two_matrices() -> None:
+    geometry = ConvGeometry((3, 2), (2, 1), (1, 1), (1, 1))
+    wanted = layout(Format("bfloat16", rank=4, input_rank=5), LayerShape(8, 66, geometry))
+    sizes = {name: size for name, (_, size) in wanted.items()}
+    assert sizes == {"left": (8, 4), "core": (4, 30), "right": (5, 11)}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, CONV])
+def test_tucker_form_is_for_convolutions_without_groups(shape: LayerShape) -> None:
+    with pytest.raises(InvalidInput, match="convolutions without groups"):
+        stored_bytes(Format("float32", rank=4, input_rank=4), shape)
+
+
 @given(formats())
 def test_formats_come_back_from_json(format: Format) -> None:
     assert Format.from_json(json.loads(json.dumps(format.to_json()))) == format
+
+
+def test_formats_that_have_no_later_field_are_described_as_before_there_were_any() -> None:
+    described = "activation_bits bits dtype group rank residual_rank sparse symmetric"
+    assert sorted(Format("float32", 4, 64).to_json()) == described.split()
+    tucker = Format("float32", rank=4, input_rank=3)
+    assert Format.from_json(json.loads(json.dumps(tucker.to_json()))) == tucker
 
 
 @pytest.mark.parametrize("shape", [SHAPE, CONV])
@@ -93,6 +116,11 @@ def test_unknown_field_is_refused() -> None:
         {"bits": 8, "activation_bits": 8},
         {"bits": 8, "symmetric": True, "activation_bits": 8, "group": 64},
         {"rank": 8, "bits": 4},
+        {"input_rank": 8},
+        {"rank": 8, "input_rank": 8, "bits": 4},
+        {"outliers": 5},
+        {"bits": 8, "symmetric": True, "outliers": 5},
+        {"bits": 4, "outliers": 0},
     ],
 )
 def test_contradictions_are_refused(parts: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ FORMATS = {
     "s60%+w1.58": Format("float32", 1.58, symmetric=True, sparse=True),
     "s60%+w2g32": Format("float32", 2, 32, sparse=True),
     "w4g32+r4": Format("float32", 4, 32, residual_rank=4),
+    "w3g32+o": Format("float32", 3, 32, outliers=40),
+    "s60%+w4g32+o+r4": Format("float32", 4, 32, sparse=True, outliers=9, residual_rank=4),
     "r": Format("float32", rank=24),
     "r of bf16": Format("bfloat16", rank=24),
     "r of fp16": Format("float16", rank=24),
@@ -43,12 +45,22 @@ CONVS = (
     (LayerShape(10, 288, WIDE), LayerShape(6, 32, POINT)),
     (LayerShape(6, 288, GROUPED),),
 )
+TUCKER = {
+    "tucker": Format("float32", rank=8, input_rank=12),
+    "tucker of bf16": Format("bfloat16", rank=8, input_rank=12),
+    "tucker of fp16": Format("float16", rank=8, input_rank=12),
+}
+DILATED = ConvGeometry((3, 2), (1, 2), (2, 0), (2, 1))
+TUCKER_CONVS = (LayerShape(10, 288, WIDE), LayerShape(6, 192, DILATED))
 CASES = [
     pytest.param(name, format, shapes, id=f"{name}-{label}-{len(shapes)}x{shapes[0].in_features}")
     for shapes in (LINEAR, LINEAR[:1], *CONVS)
     for label, format in FORMATS.items()
     for name, each in IMPLEMENTATIONS.items()
     if each.refuses(format, shapes, "cpu") is None
+] + [
+    pytest.param(f"conv.{short}", format, TUCKER_CONVS, id=f"conv.{short}-{label}")
+    for short, (label, format) in zip(("f32", "bf16", "fp16"), TUCKER.items(), strict=True)
 ]
 
 
@@ -213,6 +225,15 @@ def test_integers_stay_packed(label: str, store: Any) -> None:
     operator, _ = group(name, FORMATS[label], LINEAR, store)
     dense, _ = group("linear.bf16", FORMATS[label], LINEAR, store)
     assert resident_bytes(operator) < resident_bytes(dense)
+
+
+def test_tucker_form_stays_three_convolutions(store: Any) -> None:
+    sizes = [
+        resident_bytes(group("conv.f32", format, TUCKER_CONVS, store)[0])
+        for format in (Format("float32"), TUCKER["tucker"])
+    ]
+    factors = sum(8 * out + 12 * 32 + 8 * 12 * area for out, area in ((10, 9), (6, 6)))
+    assert sizes == [4 * (10 * 288 + 6 * 192 + 10), 4 * (factors + 10)]
 
 
 def test_fewer_bytes_are_held_the_lower_the_rank(store: Any) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from apportion.errors import ApportionError
 from apportion.kernels.formats import ConvGeometry, Format, LayerShape, StoredWeight
 from apportion.kernels.packing import pack_codes, pack_mask
+from apportion.kernels.positions import pack_positions
 from apportion.kernels.reference import (
     ReferenceLayer,
     integer_rows,
@@ -62,6 +63,22 @@ def test_sparse_values_stand_row_by_row() -> None:
     assert reference_weight(stored).tolist() == [[0.0, 5.0], [6.0, 0.0]]
 
 
+def test_outliers_stand_in_place_of_their_codes_and_before_the_residual() -> None:
+    tensors = {
+        "codes": pack_codes(tensor([0, 1, 2, 3, 3, 2, 1, 0], torch.uint8), 2),
+        "scale": tensor([[1.0], [0.5]]),
+        "zero": tensor([[0.0], [1.0]]),
+        "outlier_values": tensor([7.0, -9.0]),
+        "residual_left": tensor([[0.0], [1.0]]),
+        "residual_right": tensor([[1.0, 0.0, 0.0, 0.0]]),
+    }
+    places, counts = pack_positions(tensor([1, 4], torch.int64), 8)
+    tensors |= {"outlier_places": places, "outlier_counts": counts}
+    format = Format("float32", 2, residual_rank=1, outliers=2)
+    stored = StoredWeight(format, LayerShape(2, 4), tensors)
+    assert reference_weight(stored).tolist() == [[-2.0, 7.0, 0.0, 1.0], [-8.0, 1.0, 0.5, 0.0]]
+
+
 def test_residual_is_added() -> None:
     tensors = {
         "weight": torch.ones(2, 2),
@@ -76,6 +93,20 @@ def test_pair_is_its_product(store: Any) -> None:
     stored = store(Format("float32", rank=3), LayerShape(5, 7))
     exact = stored.tensors["left"].double() @ stored.tensors["right"].double()
     assert torch.allclose(reference_weight(stored).double(), exact, atol=1e-7)
+
+
+def test_tucker_form_is_its_core_between_its_factors(store: Any) -> None:
+    geometry = ConvGeometry((2, 3), (1, 1), (0, 0), (1, 1))
+    stored = store(Format("float32", rank=3, input_rank=2), LayerShape(4, 30, geometry))
+    left, core, right = (stored.tensors[name].double() for name in ("left", "core", "right"))
+    weight = reference_weight(stored).view(4, 5, 6)
+    for out, channel, position in ((0, 0, 0), (3, 4, 5), (1, 3, 2), (2, 0, 4)):
+        terms = (
+            left[out, r] * core[r, i * 6 + position] * right[i, channel]
+            for r in range(3)
+            for i in range(2)
+        )
+        assert float(weight[out, channel, position]) == pytest.approx(float(sum(terms)), abs=1e-8)
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9))

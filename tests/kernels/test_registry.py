@@ -32,6 +32,7 @@ def names(format: Format, shape: LayerShape = LAYER) -> list[str]:
         (Format("float32", 4, 64, symmetric=True), ["linear.f32", "linear.bf16"]),
         (Format("float32", 4, 64, sparse=True), ["linear.f32", "linear.bf16"]),
         (Format("float32", 4, 64, residual_rank=8), ["linear.f32", "linear.bf16"]),
+        (Format("float32", 4, 64, outliers=8), ["linear.f32", "linear.bf16"]),
         (Format("float32", 5, 64), ["linear.f32", "linear.bf16"]),
         (Format("float32", 6), ["linear.f32", "linear.bf16"]),
         (Format("float32", 1.58, 64, symmetric=True), ["linear.f32", "linear.bf16"]),
@@ -53,6 +54,8 @@ def test_linear_layers_are_served_by(format: Format, expected: list[str]) -> Non
     [
         (Format("float32"), ["conv.f32"]),
         (Format("float32", 4, 9), ["conv.f32", "conv.bf16"]),
+        (Format("float32", 3, 9, outliers=8), ["conv.f32", "conv.bf16"]),
+        (Format("float32", rank=4, input_rank=2), ["conv.f32"]),
         (Format("bfloat16", rank=4), ["conv.bf16"]),
         (W8A8, ["int8.reference"]),
     ],
@@ -123,6 +126,12 @@ def test_layers_of_different_formats_are_no_group(store: Any) -> None:
 def test_members_may_differ_in_rank(store: Any) -> None:
     weights = [store(Format("float32", rank=rank), LAYER) for rank in (4, 8)]
     operator = implementation("low_rank.f32").build(weights, [None, None])
+    assert [part.shape for part in operator(torch.randn(3, 128))] == [(3, 32), (3, 32)]
+
+
+def test_members_may_differ_in_how_many_outliers_they_have(store: Any) -> None:
+    weights = [store(Format("float32", 4, 64, outliers=count), LAYER) for count in (4, 8)]
+    operator = implementation("linear.f32").build(weights, [None, None])
     assert [part.shape for part in operator(torch.randn(3, 128))] == [(3, 32), (3, 32)]
 
 

@@ -36,19 +36,26 @@ FIELDS = {
     "s": (percents | patterns).map(lambda s: {"sparsity": s}),
     "r": percents.map(lambda p: {"rank_percent": p}),
     "w": weight_fields(),
+    "o": percents.map(lambda p: {"outlier_percent": p}),
     "residual": st.integers(1, 999).map(lambda k: {"residual_rank": k}),
 }
 
 
+def _go_together(steps):
+    return steps != {"residual"} and ("w" in steps or "o" not in steps)
+
+
 @st.composite
 def stepped(draw):
-    chosen = draw(st.sets(st.sampled_from(STEPS), min_size=1).filter(lambda s: s != {"residual"}))
+    chosen = draw(st.sets(st.sampled_from(STEPS), min_size=1).filter(_go_together))
     fields, methods = {}, []
     for step in (step for step in STEPS if step in chosen):
         fields |= draw(FIELDS[step])
         fitting = [m for m in METHODS[step] if m not in WITH_ZEROS or not fields.get("symmetric")]
         if fitting and draw(st.booleans()):
             methods.append((step, draw(st.sampled_from(fitting))))
+    if fields.get("bits") == 8:
+        fields.pop("outlier_percent", None)
     return Option(**fields, methods=tuple(methods))
 
 
@@ -61,7 +68,7 @@ def test_parse_of_printed_is_the_same_option(option):
     assert parse_option(str(option)) == option
 
 
-@given(st.text(alphabet="csrwagbfp0123456789%:+. ", max_size=16))
+@given(st.text(alphabet="csrwoagbfp0123456789%:+. ", max_size=16))
 def test_parse_of_any_text_prints_it_back_or_is_refused(text):
     try:
         assert str(parse_option(text)) == text
@@ -80,6 +87,10 @@ def test_parse_of_any_text_prints_it_back_or_is_refused(text):
         ("w1.58", Option(bits=1.58, symmetric=True)),
         ("w1.58g64+r8", Option(bits=1.58, group=64, symmetric=True, residual_rank=8)),
         ("w4g64:hqq", Option(bits=4, group=64, methods=(("w", "hqq"),))),
+        (
+            "w3g16+o0.5%+r8",
+            Option(bits=3, group=16, outlier_percent=Decimal("0.5"), residual_rank=8),
+        ),
         ("w8a8", Option(bits=8, symmetric=True, activation_bits=8)),
         ("2:4:wanda+w3", Option(sparsity=(2, 4), bits=3, methods=(("s", "wanda"),))),
     ],
@@ -94,8 +105,8 @@ def test_parse_of_known_texts_fills_the_fields(text, option):
         ("w4g", '"w4g" is no option; the step is spelled wN[a8][gK[s]]; nearest: w4, w4g64'),
         ("s150%", "a percentage lies between 0 and 100, both excluded"),
         ("w4+s150%", '"s150%": a percentage lies between'),
-        ("w4+s50%", "steps go in the order c, s, r, w, residual: s50%+w4"),
-        ("r16+w4g64:rtn", "c, s, r, w, residual: w4g64:rtn+r16"),
+        ("w4+s50%", "steps go in the order c, s, r, w, o, residual: s50%+w4"),
+        ("r16+w4g64:rtn", "c, s, r, w, o, residual: w4g64:rtn+r16"),
         ("r16", "a residual repairs the steps before it: w4g64+r16; a rank alone is r50%"),
         ("s50", "nearest: s50%"),
         ("bf61", "nearest: bf16"),
@@ -115,6 +126,14 @@ def test_parse_of_known_texts_fills_the_fields(text, option):
         ("w1.58g64:hqq", "hqq fits zeros, symmetric weights have none: w1.58g64"),
         ("w4a4", "activations have 8 bits: w4a8"),
         ("w4g0", "a group has at least 1 input: w4g64"),
+        ("o1%", "outliers are what a step w does not round: w3g16+o1%"),
+        ("s50%+o1%+r8", "outliers are what a step w does not round: w3g16+o1%"),
+        ("w8g64+o1%", "8 bits round no weight so badly that it is an outlier: w8g64"),
+        ("w8a8+o1%", "8 bits round no weight so badly that it is an outlier: w8a8"),
+        ("w3+r8+o1%", "c, s, r, w, o, residual: w3+o1%+r8"),
+        ("w3+o1%:svd", "o takes no method"),
+        ("w3+o", "the step is spelled oP%"),
+        ("w3+o0%", "a percentage lies between 0 and 100"),
         ("4:2", "N:M keeps N of M weights"),
         ("op:", "op: is followed by a name"),
         ("", "an option is one of dense, f32, bf16"),
@@ -128,7 +147,8 @@ def test_parse_of_wrong_text_says_what_is_right(text, told):
 
 REALIZED = """dense f32 bf16 keep drop w2 w3g64 w4g32s w8 w8g64 w8a8 s50% s50%:magnitude r50%:svd
 r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s w1.58 w1.58g64
-s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8"""
+s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8
+w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8"""
 UNREALIZED = "fp16 op:conv c75% c75%+w4 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
 
 
@@ -137,7 +157,9 @@ def test_unrealized_says_nothing_of_realized_options(text):
     assert unrealized(parse_option(text)) is None
 
 
-@pytest.mark.parametrize("text", [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16", "w1.58a8"])
+@pytest.mark.parametrize(
+    "text", [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16", "w1.58a8", "w4a8+o1%", "r50%+w4+o1%"]
+)
 def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     assert "realized" in (unrealized(parse_option(text)) or "")
 
@@ -146,6 +168,7 @@ def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     "text, needs",
     [("dense", False), ("bf16", False), ("s50%:magnitude", False), ("r50%:svd", False)]
     + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)]
+    + [("w4+o1%", True), ("w4:hqq+o1%", False), ("s50%:magnitude+w4:hqq+o1%+r4:svd", False)]
     + [("w4:hqq", False), ("s50%+w4:hqq", True), ("2:4:magnitude", False), ("2:4", True)],
 )
 def test_needs_statistics_where_they_change_the_weights(text, needs):

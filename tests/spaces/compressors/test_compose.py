@@ -23,12 +23,15 @@ from apportion.spaces.grammar import parse_option
 
 SHAPE = LayerShape(48, 64)
 CONV = LayerShape(16, 72, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1)))
+WIDE = LayerShape(48, 32 * 9, CONV.conv)
+GROUPED = LayerShape(16, 72, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups=2))
 POINTWISE = LayerShape(16, 72, ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1)))
 REALIZED = """dense f32 bf16 w2 w2g32 w3g64 w4g16 w4g32s w8 w8g32 w8a8 s50% s62.5%:magnitude
 r50%:svd r50% w4g64+r4 s50%+r8 s60%+w3g64 s50%:wanda+w4g32s:rtn+r4:svd s50%+w8 w5g32 w6 w6g16s
 w1.58 w1.58g16 s50%+w1.58g16 s50%+w5 w1.58g16+r8 w3g32:hqq s50%+w4:hqq 2:4 4:8:magnitude 2:4+w4g32
 2:4:wanda+w1.58g16+r4:svd w3g32:gptq w4g16s:gptq w8:gptq w1.58g16:gptq s50%:sparsegpt
-2:4:sparsegpt s50%:sparsegpt+w3g32:gptq+r4 2:4+w4g32:gptq""".split()
+2:4:sparsegpt s50%:sparsegpt+w3g32:gptq+r4 2:4+w4g32:gptq w3g16+o1% w2g32+o5%+r4 w1.58g16+o2%
+s50%+w3+o1% w3g16:gptq+o1% w3g16:hqq+o1% 2:4:sparsegpt+w3g32:gptq+o3%+r4""".split()
 
 
 def _case(shape=SHAPE, seed=0):
@@ -142,6 +145,8 @@ def test_realize_by_hqq_does_not_depend_on_statistics(text):
         ("2:4:sparsegpt", "2:4"),
         ("s50%+w3g32:gptq", "s50%+w3g32"),
         ("2:4:sparsegpt+w3g32:gptq", "2:4+w3g32:gptq"),
+        ("w3g32:gptq+o1%", "w3g32+o1%"),
+        ("w3g32:gptq+o1%", "w3g32:gptq"),
     ],
 )
 def test_what_makes_up_for_errors_loses_less(better: str, than: str):
@@ -191,7 +196,9 @@ def test_effective_methods_refuses_asked_methods_without_statistics(text):
         ("r5%", SHAPE, "a multiple of 8 and saves parameters; nearest: r29.2%"),
         ("r50%", LayerShape(8, 8), "r50% of [8, 8] is no rank"),
         ("w4+r48", SHAPE, "rank 48 does not fit [48, 64]; at most: w4+r47"),
-        ("r50%", CONV, "rP% is not realized for convolutions"),
+        ("r50%", CONV, "no rank that is a multiple of 8 and saves parameters"),
+        ("r5%", WIDE, "a multiple of 8 and saves parameters; nearest: r12.3%"),
+        ("r50%", GROUPED, "rP% is not realized for grouped convolutions"),
         ("w4+r8", CONV, "+rK is not realized for convolutions"),
         ("drop", SHAPE, "drop is for blocks and sub-blocks"),
         ("w1.58g48", SHAPE, "nearest: w1.58g32, w1.58g64"),
@@ -200,6 +207,11 @@ def test_effective_methods_refuses_asked_methods_without_statistics(text):
         ("2:4+w4", LayerShape(8, 7), "nearest: 4:7+w4"),
         ("1:8", LayerShape(8, 36), "nearest: 1:6, 1:9"),
         ("2:4", LayerShape(8, 1), "nearest: s50%"),
+        ("w3+o0.01%", SHAPE, "o0.01% of [48, 64] is no weight; nearest: w3+o0.1%"),
+        ("w3+o1%", LayerShape(4, 8), "is no weight; nearest: w3+o3.2%"),
+        ("s60%+w3+o50%+r4", SHAPE, "leaves no weight to round; nearest: s60%+w3+o39.9%+r4"),
+        ("2:4+w3+o99%", LayerShape(8, 8), "leaves no weight to round; nearest: 2:4+w3+o48.4%"),
+        ("w3+o50%", LayerShape(1, 1), "o50% of [1, 1] is no weight"),
         ("4:8", CONV, "for kernels of 1 x 1, not 3 x 3; nearest: s50%"),
         ("1:3:magnitude+w4", CONV, "nearest: s66.7%:magnitude+w4"),
     ],
@@ -210,7 +222,7 @@ def test_refusal_names_the_reason_and_what_fits(text, shape, reason):
         format_of(parse_option(text), shape, "float32")
 
 
-@pytest.mark.parametrize("shape", [SHAPE, LayerShape(192, 512), LayerShape(100, 31)])
+@pytest.mark.parametrize("shape", [SHAPE, LayerShape(192, 512), LayerShape(100, 31), WIDE])
 @pytest.mark.parametrize("multiple", [1, 8, 16])
 def test_refusal_of_a_rank_names_the_smallest_percentage_that_fits(shape, multiple):
     reason = refusal(parse_option("r0.001%"), shape, multiple) or ""
@@ -218,6 +230,25 @@ def test_refusal_of_a_rank_names_the_smallest_percentage_that_fits(shape, multip
     assert format_of(nearest, shape, "float32", multiple).rank == multiple
     below = replace(nearest, rank_percent=nearest.rank_percent - Decimal("0.1"))
     assert refusal(below, shape, multiple) is not None
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_realize_of_a_rank_is_tucker_form_for_larger_kernels_and_a_pair_for_others(seen):
+    stored = _realize("r50%", shape=WIDE, seen=seen)
+    format, tensors = stored.format, stored.tensors
+    assert format.input_rank is not None and sorted(tensors) == ["core", "left", "right"]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert total == stored_bytes(format, WIDE) <= WIDE.weights * 4 / 2
+    assert sorted(_realize("r90%", shape=POINTWISE, seen=seen).tensors) == ["left", "right"]
+
+
+def test_realize_of_a_rank_of_a_convolution_uses_statistics():
+    weight, statistics = _case(WIDE)
+    errors = {}
+    for text in ("r50%", "r50%:svd"):
+        lost = weight.double() - reference_weight(_realize(text, shape=WIDE)).double()
+        errors[text] = float(((lost @ statistics.second_moment) * lost).sum())
+    assert errors["r50%"] < 0.9 * errors["r50%:svd"]
 
 
 @pytest.mark.parametrize("text", ["dense", "w4g8", "w3", "w6g9", "s50%", "s50%+w8", "w8a8"])
@@ -248,7 +279,9 @@ def test_realize_refuses_shapes_that_differ_from_the_layer():
 
 
 @pytest.mark.parametrize(
-    "text", ["w1.58", "w2g32", "w4g32s", "w4:hqq", "w8", "s50%", "s50%+w3", "2:4", "r50%", "w3+r4"]
+    "text",
+    ["w1.58", "w2g32", "w4g32s", "w4:hqq", "w8", "s50%", "s50%+w3", "2:4", "r50%", "w3+r4"]
+    + ["w3g32+o1%"],
 )
 def test_realize_of_zeros_is_zeros(text):
     _, statistics = _case()
