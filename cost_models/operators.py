@@ -16,8 +16,9 @@ from apportion.hashing import content_hash
 from apportion.kernels.formats import DTYPES, Format, LayerShape, StoredWeight, layout
 from apportion.kernels.group import members as group_members
 from apportion.kernels.packing import pack_mask
+from apportion.kernels.positions import pack_positions
 from apportion.kernels.registry import implementation, serving
-from apportion.spaces.apply import bias_of
+from apportion.spaces.apply import WRITTEN_BACK, bias_of
 from apportion.spaces.compressors.compose import format_of
 from apportion.spaces.compressors.sparsify import removed_count
 from apportion.spaces.grammar import Option
@@ -92,7 +93,10 @@ def model_dtype(model: nn.Module) -> str:
 
 
 def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
-    """Site name -> what its layers are given in one run; sites that are not called are left out."""
+    """Site name -> what its layers are given in one run.
+
+    Sites that are not called, or are no layers but written back, are left out.
+    """
     seen: dict[str, Given] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -106,7 +110,7 @@ def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[s
     handles = [
         model.get_submodule(site.members[0].module).register_forward_pre_hook(hook(site.name))
         for site in space.sites
-        if site.members
+        if site.members and not site.written_back
     ]
     try:
         run()
@@ -152,7 +156,9 @@ def candidate_operators(
 
 
 def runs_dense(site: Site, dtype: str) -> str:
-    """The implementation that runs any stored weight of a site dense, in the model's dtype."""
+    """What runs any stored weight of a site dense: in the model's dtype, or written back."""
+    if site.written_back:
+        return WRITTEN_BACK
     family = "conv" if any(member.shape.conv for member in site.members) else "linear"
     return f"{family}.{SHORT_DTYPES[dtype]}"
 
@@ -206,6 +212,10 @@ def random_stored(
             tensors[name] = (level * (0.5 + torch.rand(dims, generator=generator))).to(dtype)
         else:
             tensors[name] = (size * torch.randn(dims, generator=generator)).to(dtype)
+    if format.outliers is not None:
+        chosen = torch.randperm(shape.weights, generator=generator)[: format.outliers]
+        places, counts = pack_positions(chosen.sort().values, shape.weights)
+        tensors |= {"outlier_places": places, "outlier_counts": counts}
     return StoredWeight(format, shape, tensors)
 
 

@@ -73,7 +73,8 @@ def resident_cost(
 ) -> StaticCost:
     """Bytes that the device holds while running: what the chosen operators keep of each weight.
 
-    Each distinct operator is built once, with random weights, and asked.
+    Each distinct operator is built once, with random weights, and asked. What is written back
+    is held dense.
     """
     dtype = model_dtype(model)
     stored = random_weights(space, dtype, rank_multiple)
@@ -82,7 +83,7 @@ def resident_cost(
     def size(site: Site, option: Option) -> float:
         if option.is_structure:
             return 0.0
-        if str(option) == DENSE:
+        if str(option) == DENSE or site.written_back:
             return float(site.weights * DTYPES[dtype].itemsize)
         name = implementations[site.name][str(option)]
         key = (name, str(option), tuple(member.shape for member in site.members))
@@ -150,7 +151,7 @@ def _add_remainder(
     model: nn.Module, space: Space, rows: list[list[float]], tensors: Mapping[str, Tensor]
 ) -> float:
     """Add all that no weight site holds to the `keep` around it; returns what nothing is around."""
-    weights = {member.module + ".weight" for site in space.sites for member in site.members}
+    weights = {member.parameter_path for site in space.sites for member in site.members}
     base = 0.0
     for name, tensor in tensors.items():
         if name in weights:

@@ -1,5 +1,5 @@
 """Puts a configuration into a live model: packed operators in place of layers, nothing in place
-of what is dropped."""
+of what is dropped, and realized weights as parameters where a module's forward is not known."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from apportion.kernels.formats import StoredWeight
 from apportion.kernels.group import members as group_members
+from apportion.kernels.reference import reference_weight
 from apportion.kernels.registry import implementation
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP, Space
+from apportion.spaces.views import matrix_of, parameter_at, set_parameter, written
+
+WRITTEN_BACK = "written back"
+"""In place of an implementation's name, where realized weights become a module's parameters."""
 
 Stored = Callable[[Site, Option], Sequence[StoredWeight]]
 
@@ -59,12 +64,12 @@ def drop(model: nn.Module, site: Site) -> None:
 
 
 def member_weight(model: nn.Module, member: Member) -> Tensor:
-    """The dense weight of a member as a matrix `[out, in]`."""
-    weight = model.get_submodule(member.module).weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{member.module} holds no weight")
-    matrix = weight.T if member.transposed else weight
-    return matrix.reshape(member.shape.out_features, member.shape.in_features)
+    """The dense weight of a member as a matrix `[out, in]`.
+
+    Raises:
+        TypeError: the module holds no such weight.
+    """
+    return matrix_of(parameter_at(model, member.parameter_path), member)
 
 
 def bias_of(model: nn.Module, module: str) -> Tensor | None:
@@ -86,6 +91,14 @@ def install(
         model.set_submodule(path, member)
 
 
+def write_back(model: nn.Module, members: Sequence[Member], stored: Sequence[StoredWeight]) -> None:
+    """Make what is stored the values of the members' parameters; shared ones stay as they are."""
+    paths = {member.parameter_path for member in members}
+    dense = {path: parameter_at(model, path) for path in paths}
+    for path, values in written(dense, members, [reference_weight(s) for s in stored]).items():
+        set_parameter(model, path, values)
+
+
 def apply(
     model: nn.Module,
     space: Space,
@@ -100,7 +113,8 @@ def apply(
         space: the space that the configuration belongs to.
         configuration: site name -> option text; sites left out stay neutral.
         stored: gives the packed weights of a site's members under an option.
-        implementations: site name -> option text -> name of the implementation that serves it.
+        implementations: site name -> option text -> name of the implementation that serves it;
+            what is written back needs none.
     """
     canonical = space.canonical(configuration)
     for place, site in enumerate(space.sites):
@@ -108,6 +122,9 @@ def apply(
         if site.is_structure or text == DENSE or space.void(space.config(canonical), place):
             continue
         option = space.options[place][space.texts[place].index(text)]
+        if site.written_back:
+            write_back(model, site.members, stored(site, option))
+            continue
         biases = [bias_of(model, member.module) for member in site.members]
         modules = [member.module for member in site.members]
         install(model, modules, stored(site, option), biases, implementations[site.name][text])

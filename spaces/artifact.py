@@ -1,7 +1,8 @@
 """The native artifact: a folder of safetensors and JSON that runs the compressed layers.
 
 `model.safetensors` holds the dense remainder under the model's own names and each packed member
-under `MODULE.packed.TENSOR`; `apportion.json` says what they are; `report.json` what was promised
+under `MODULE.packed.TENSOR` (what is written back: `MODULE.PARAMETER[.INDEX].packed.TENSOR`);
+`apportion.json` says what they are; `report.json` what was promised
 and measured. A Hugging Face model's configuration, tokenizer and generation files lie beside them.
 Loading reads numbers and text only and imports no part of the search.
 """
@@ -20,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apportion.errors import ApportionError, InvalidInput
-from apportion.kernels.formats import DTYPES, Format, LayerShape, StoredWeight
+from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.registry import IMPLEMENTATIONS
-from apportion.spaces.apply import Stored, bias_of, drop, install
+from apportion.spaces.apply import WRITTEN_BACK, Stored, bias_of, drop, install, write_back
 from apportion.spaces.batches import frozen
-from apportion.spaces.sites import Site
+from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP, Space
 
 FORMAT_VERSION = 1
@@ -46,7 +47,7 @@ def remainder(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Every tensor of the dense model that the plan leaves as it is; tied tensors once."""
     gone = [s.name + "." for s in plan.space.sites if plan.configuration[s.name] == DROP]
     packed = {
-        member.module + ".weight"
+        member.parameter_path
         for site in plan.space.sites
         if plan.configuration[site.name] != DENSE
         for member in site.members
@@ -71,7 +72,7 @@ def _packed_sites(plan: Plan) -> list[tuple[Site, Sequence[StoredWeight], str, s
         if site.is_structure or text == DENSE or plan.space.void(config, place):
             continue
         option = plan.space.options[place][config[place]]
-        name = plan.implementations[site.name][text]
+        name = WRITTEN_BACK if site.written_back else plan.implementations[site.name][text]
         packed.append((site, plan.stored(site, option), text, name))
     return packed
 
@@ -83,10 +84,9 @@ def contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     for site, stored, text, implementation in _packed_sites(plan):
         described = []
         for member, weight in zip(site.members, stored, strict=True):
-            shape, format_ = weight.shape.to_json(), weight.format.to_json()
-            described.append({"module": member.module, "shape": shape, "format": format_})
+            described.append({**member.to_json(), "format": weight.format.to_json()})
             for name, tensor in weight.tensors.items():
-                tensors[f"{member.module}{PACKED}{name}"] = tensor.contiguous()
+                tensors[f"{member.path}{PACKED}{name}"] = tensor.contiguous()
         site_entry = {"name": site.name, "option": text, "implementation": implementation}
         sites.append({**site_entry, "members": described})
     dropped = [
@@ -231,12 +231,14 @@ def _skeleton(
 
 
 def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    packed = {name: t for name, t in tensors.items() if PACKED in name}
+    packed = _packed_by_member(tensors)
     rest = {name: t for name, t in tensors.items() if PACKED not in name}
     expected = set(model.state_dict())
-    members = {m["module"] for site in description["sites"] for m in site["members"]}
+    members = {Member.from_json(m).path for site in description["sites"] for m in site["members"]}
     unknown = sorted(
-        set(rest) - expected | {n for n in packed if n.split(PACKED)[0] not in members}
+        name
+        for name in tensors
+        if name.partition(PACKED)[0] not in (members if PACKED in name else expected)
     )
     if unknown:
         raise InvalidInput(f"tensors the model does not have: {', '.join(unknown[:3])}")
@@ -261,18 +263,30 @@ def _tied_names(model: nn.Module) -> dict[str, set[str]]:
     return {name: names for names in by_place.values() for name in names}
 
 
+def _packed_by_member(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Path of a member -> its packed tensors by name."""
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, found, part = name.partition(PACKED)
+        if found:
+            packed.setdefault(path, {})[part] = tensor
+    return packed
+
+
 def _install_site(
-    model: nn.Module, site: Mapping[str, Any], packed: Mapping[str, Tensor]
+    model: nn.Module, site: Mapping[str, Any], packed: Mapping[str, dict[str, Tensor]]
 ) -> set[str]:
-    if site["implementation"] not in IMPLEMENTATIONS:
+    members = [Member.from_json(entry) for entry in site["members"]]
+    stored = [
+        StoredWeight(Format.from_json(entry["format"]), member.shape, packed.get(member.path, {}))
+        for entry, member in zip(site["members"], members, strict=True)
+    ]
+    if site["implementation"] == WRITTEN_BACK:
+        write_back(model, members, stored)
+    elif site["implementation"] in IMPLEMENTATIONS:
+        modules = [member.module for member in members]
+        biases = [bias_of(model, module) for module in modules]
+        install(model, modules, stored, biases, site["implementation"])
+    else:
         raise InvalidInput(f"unknown implementation {site['implementation']!r}")
-    stored, biases, modules = [], [], []
-    for member in site["members"]:
-        prefix = member["module"] + PACKED
-        parts = {n.removeprefix(prefix): t for n, t in packed.items() if n.startswith(prefix)}
-        shape, format_ = LayerShape.from_json(member["shape"]), Format.from_json(member["format"])
-        stored.append(StoredWeight(format_, shape, parts))
-        modules.append(member["module"])
-        biases.append(bias_of(model, member["module"]))
-    install(model, modules, stored, biases, site["implementation"])
-    return {f"{module}.weight" for module in modules}
+    return {member.parameter_path for member in members}

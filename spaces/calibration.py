@@ -56,6 +56,8 @@ def _accumulate(site: Site, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...]]
 def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[Sums]:
     """Sum what enters the weight sites among `sites`, in every pass that is made meanwhile.
 
+    What enters a matrix that is written back cannot be seen from outside of its module.
+
     Gives, for each site that was reached, the float64 sum `[in, in]` of its float32 products.
 
     Raises:
@@ -67,7 +69,7 @@ def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[Sums]:
             _accumulate(site, sums)
         )
         for site in sites
-        if not site.is_structure
+        if not site.is_structure and not site.written_back
     ]
     try:
         yield sums

@@ -10,6 +10,7 @@ from apportion.errors import InvalidInput
 from apportion.spaces.compressors.compose import refusal
 from apportion.spaces.grammar import Option, parse_option, unrealized
 from apportion.spaces.sites import Site
+from apportion.spaces.views import not_written_back
 
 Config = tuple[int, ...]
 Configuration = dict[str, str]
@@ -56,7 +57,7 @@ class Space:
         return tuple(self._parent(site) for site in self.sites)
 
     def _parent(self, site: Site) -> int:
-        owner = site.name if site.is_structure else site.members[0].module
+        owner = site.name if site.is_structure else site.members[0].path
         around = [
             place
             for place, other in enumerate(self.sites)
@@ -169,7 +170,7 @@ class Space:
 
 def site_matches(site: Site, pattern: str) -> bool:
     """Whether a pattern names a site: by its name, a member's name, or `kind:name`."""
-    names = [site.name, *(member.module for member in site.members)]
+    names = [site.name, *(member.path for member in site.members)]
     if ":" in pattern:
         kind, _, pattern = pattern.partition(":")
         if kind != site.kind:
@@ -260,10 +261,12 @@ def _entry_of(
 
 
 def _lies_in(site: Site, structure: Site) -> bool:
-    return bool(site.members) and site.members[0].module.startswith(structure.name + ".")
+    return bool(site.members) and site.members[0].path.startswith(structure.name + ".")
 
 
 def _reason(site: Site, option: Option, rank_multiple: int) -> str | None:
+    if site.written_back and (reason := not_written_back(option)):
+        return reason
     found = (refusal(option, member.shape, rank_multiple) for member in site.members)
     return next((reason for reason in found if reason is not None), None)
 

@@ -39,7 +39,7 @@ def portions(sites: Sequence[Site], blocks: Sequence[Site]) -> list[Portion]:
     inside: dict[str | None, list[Site]] = {}
     for site in sites:
         if not site.is_structure:
-            path = site.members[0].module
+            path = site.members[0].path
             around = (block.name for block in blocks if path.startswith(block.name + "."))
             inside.setdefault(next(around, None), []).append(site)
     return [Portion(block, tuple(found)) for block, found in inside.items()]
@@ -129,7 +129,12 @@ def _by_block(
     inside = {portion.block: portion for portion in wanted if portion.block is not None}
     if not inside:
         return
-    layers = {s.members[0].module: b for b, portion in inside.items() for s in portion.sites}
+    layers = {
+        site.members[0].module: block
+        for block, portion in inside.items()
+        for site in portion.sites
+        if not site.written_back
+    }
     given = trace(model, [block.name for block in blocks], layers, batches[0])
     if unseen := inside.keys() - given.keys():
         raise NoChain(f"block {min(unseen)} is not run on every batch")

@@ -15,6 +15,7 @@ from apportion.spaces.apply import Dropped, bias_of
 from apportion.spaces.batches import call, main_tensor
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DENSE, DROP, Configuration, Space
+from apportion.spaces.views import parameter_at, set_parameter
 from apportion.workers.objectives import Objective, dense_loss, negative_log_likelihood
 from apportion.workers.prefix import Blocks, Gate, execution_order, size_bytes
 from apportion.workers.realized import RealizedStore
@@ -104,10 +105,16 @@ class Evaluator:
         self._current = dict(self._neutral)
         self._forward_without_cache()
         self._watch_blocks([site.name for site in blocks])
+        members = [member for site in space.sites for member in site.members]
         self._layers = {
             member.module: self.model.get_submodule(member.module)
-            for site in space.sites
-            for member in site.members
+            for member in members
+            if not member.written_back
+        }
+        self._parameters = {
+            member.parameter_path: parameter_at(self.model, member.parameter_path)
+            for member in members
+            if member.written_back
         }
         self._biases = {path: bias_of(self.model, path) for path in self._layers}
 
@@ -245,6 +252,8 @@ class Evaluator:
                 continue
             if site.is_structure:
                 self._set_dropped(site, option == DROP)
+            elif site.written_back:
+                self._set_parameters(site, option)
             else:
                 self._set_layers(site, option)
             self._current[site.name] = option
@@ -261,6 +270,14 @@ class Evaluator:
             layers = self._store.get(site, option, [self._biases[path] for path in paths])
         for path, layer in zip(paths, layers, strict=True):
             self.model.set_submodule(path, layer)
+
+    def _set_parameters(self, site: Site, option: str) -> None:
+        paths = {member.parameter_path for member in site.members}
+        values = {path: self._parameters[path] for path in paths}
+        if option != DENSE:
+            values = self._store.parameters(site, option, values)
+        for path, tensor in values.items():
+            set_parameter(self.model, path, tensor)
 
 
 def _modules(site: Site) -> list[str]:

@@ -1,20 +1,37 @@
 """Realized options of sites, ready to be put into the model, within a bound of bytes."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from apportion.errors import ApportionError
+from apportion.kernels.formats import StoredWeight
 from apportion.kernels.reference import ReferenceLayer, reference_weight
 from apportion.spaces.bank import Bank
 from apportion.spaces.sites import Site
+from apportion.spaces.views import written
 
 Index = Mapping[str, Mapping[str, str]]
 
 
+@dataclass(frozen=True)
+class Realized:
+    """A site under an option: a layer for each member, or values by parameter name."""
+
+    layers: list[nn.Module]
+    parameters: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        buffers = [buffer for layer in self.layers for buffer in layer.buffers()]
+        return sum(tensor.nbytes for tensor in [*buffers, *self.parameters.values()])
+
+
 class RealizedStore:
-    """Reference layers of (site, option), the least recently used ones given up first."""
+    """Realized options of sites, the least recently used ones given up first."""
 
     def __init__(self, bank: Bank, index: Index, budget_bytes: int) -> None:
         """Takes the bank and, for each site and option text, the key of its entry."""
@@ -22,7 +39,7 @@ class RealizedStore:
         self.index = index
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self._layers: OrderedDict[tuple[str, str], list[nn.Module]] = OrderedDict()
+        self._held: OrderedDict[tuple[str, str], Realized] = OrderedDict()
 
     def get(self, site: Site, option: str, biases: Sequence[Tensor | None]) -> list[nn.Module]:
         """One layer for each member.
@@ -30,26 +47,49 @@ class RealizedStore:
         Raises:
             ApportionError: the bank does not hold the option.
         """
-        key = (site.name, option)
-        if key not in self._layers:
-            self._layers[key] = self._realize(site, option, biases)
-            self.used_bytes += _bytes(self._layers[key])
-        self._layers.move_to_end(key)
-        while self.used_bytes > self.budget_bytes and len(self._layers) > 1:
-            _, oldest = self._layers.popitem(last=False)
-            self.used_bytes -= _bytes(oldest)
-        return self._layers[key]
 
-    def _realize(self, site: Site, option: str, biases: Sequence[Tensor | None]) -> list[nn.Module]:
+        def realize() -> Realized:
+            layers: list[nn.Module] = [
+                ReferenceLayer(reference_weight(stored), bias, stored.format, stored.shape).eval()
+                for stored, bias in zip(self._stored(site, option), biases, strict=True)
+            ]
+            return Realized(layers, {})
+
+        return self._hold(site, option, realize).layers
+
+    def parameters(self, site: Site, option: str, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of a site's parameters where they are written back.
+
+        Args:
+            site: its members are views of the parameters.
+            option: what they hold.
+            dense: parameter name -> its dense values.
+
+        Raises:
+            ApportionError: the bank does not hold the option.
+        """
+
+        def realize() -> Realized:
+            matrices = [reference_weight(stored) for stored in self._stored(site, option)]
+            return Realized([], written(dense, site.members, matrices))
+
+        return self._hold(site, option, realize).parameters
+
+    def _hold(self, site: Site, option: str, realize: Callable[[], Realized]) -> Realized:
+        """What is held, or is realized now; the oldest is given up beyond the budget."""
+        key = (site.name, option)
+        if key not in self._held:
+            self._held[key] = realize()
+            self.used_bytes += self._held[key].nbytes
+        self._held.move_to_end(key)
+        while self.used_bytes > self.budget_bytes and len(self._held) > 1:
+            _, oldest = self._held.popitem(last=False)
+            self.used_bytes -= oldest.nbytes
+        return self._held[key]
+
+    def _stored(self, site: Site, option: str) -> list[StoredWeight]:
         try:
             entry = self.index[site.name][option]
         except KeyError as error:
             raise ApportionError(f"the bank holds no {option} of site {site.name}") from error
-        return [
-            ReferenceLayer(reference_weight(stored), bias, stored.format, stored.shape).eval()
-            for stored, bias in zip(self.bank.get(entry), biases, strict=True)
-        ]
-
-
-def _bytes(layers: Sequence[nn.Module]) -> int:
-    return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+        return self.bank.get(entry)

@@ -26,7 +26,7 @@ def levels_to_configuration(
             disagree, or a level is no option.
     """
     levels = config.levels
-    site_of = {member.module: site for site in sites for member in site.members}
+    site_of = {member.path: site for site in sites for member in site.members}
     for module in levels:
         if module not in site_of:
             near = get_close_matches(module, site_of, n=1)
@@ -37,12 +37,12 @@ def levels_to_configuration(
 
 
 def _shared_option(site: Site, levels: Mapping[str, str], scale: Scale) -> str:
-    missing = [member.module for member in site.members if member.module not in levels]
+    missing = [member.path for member in site.members if member.path not in levels]
     if missing:
         raise InvalidInput(
             f"{site.name} is one choice, but {', '.join(missing)} has no level; name every member"
         )
-    options = {m.module: _option(m, levels[m.module], scale) for m in site.members}
+    options = {m.path: _option(m, levels[m.path], scale) for m in site.members}
     if len(set(options.values())) > 1:
         told = ", ".join(f"{name} at {levels[name]} ({o})" for name, o in options.items())
         raise InvalidInput(
@@ -55,7 +55,7 @@ def _option(member: Member, level: str, scale: Scale) -> str:
     options = scale.options(member)
     if level not in options:
         known = ", ".join(options)
-        raise InvalidInput(f"{member.module}: level {level} is no option; levels: {known}")
+        raise InvalidInput(f"{member.path}: level {level} is no option; levels: {known}")
     return options[level]
 
 
@@ -91,9 +91,9 @@ def _lines(site: Site, option: str, scale: Scale) -> Iterator[LevelLine]:
     for member in site.members:
         level_of = {text: level for level, text in scale.options(member).items()}
         if option in level_of:
-            yield level_line(member.module, level_of[option])
+            yield level_line(member.path, level_of[option])
         elif option != DENSE:
             known = ", ".join(level_of)
             raise InvalidInput(
-                f'{site.name}: "{option}" is no level of {member.module}; its levels: {known}'
+                f'{site.name}: "{option}" is no level of {member.path}; its levels: {known}'
             )

@@ -70,4 +70,4 @@ def _weights(chosen: Chosen, scale: BitLevels) -> Iterator[tuple[str, str, Tenso
             for option in (option for option in options if str(option) == text):
                 stored = chosen.stored(site, option)
                 for member, weight in zip(site.members, stored, strict=True):
-                    yield member.module, level, reference_weight(weight)
+                    yield member.path, level, reference_weight(weight)

@@ -59,6 +59,15 @@ def tiny() -> nn.Module:
 
 
 @pytest.fixture
+def memory() -> tuple[nn.Module, Space]:
+    """A recurrent layer alone: all its weights are written back."""
+    torch.manual_seed(0)
+    model = frozen(nn.LSTM(WIDTH, 32, batch_first=True))
+    sites = discover(model, torch.randn(2, 3, WIDTH)).sites
+    return model, build_space(sites, [Entry(("*",), ("dense", "w4g32", "s60%"))])
+
+
+@pytest.fixture
 def space(tiny: nn.Module, sample: Tensor) -> Space:
     entries = [Entry(("blocks.*",), OPTIONS), Entry(("block:*", "mlp:*"), ("keep", "drop"))]
     return build_space(discover(tiny, sample).sites, entries)

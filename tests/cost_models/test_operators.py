@@ -14,9 +14,11 @@ from apportion.cost_models.operators import (
     original_operator,
     random_stored,
     rotation,
+    runs_dense,
 )
 from apportion.kernels.formats import LayerShape, stored_bytes
 from apportion.kernels.reference import reference_weight
+from apportion.spaces.apply import WRITTEN_BACK
 from apportion.spaces.compressors.compose import format_of
 from apportion.spaces.grammar import parse_option
 
@@ -31,7 +33,9 @@ def candidates(tiny, space, text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "text", ["bf16", "w8", "w3g64", "w1.58g32", "s60%", "2:4", "r50%", "s50%+w4g32", "w2g64+r4"]
+    "text",
+    ["bf16", "w8", "w3g64", "w1.58g32", "s60%", "2:4", "r50%", "s50%+w4g32", "w2g64+r4"]
+    + ["w3g16+o1%", "s50%+w4+o5%+r4"],
 )
 def test_random_weights_are_stored_in_the_format(text: str) -> None:
     option = parse_option(text)
@@ -46,6 +50,12 @@ def test_observed_inputs_are_those_of_the_run(tiny, space, sample) -> None:
     seen = observe(tiny, space, lambda: tiny(sample))
     assert seen["blocks.1.mlp.gate+up"] == Given((4, 8, 64), "float32")
     assert seen["blocks.0.mlp.down"] == Given((4, 8, 128), "float32")
+
+
+def test_observed_inputs_leave_out_what_is_written_back(memory) -> None:
+    model, space = memory
+    assert observe(model, space, lambda: model(torch.randn(2, 3, 64))) == {}
+    assert {runs_dense(site, "float32") for site in space.sites} == {WRITTEN_BACK}
 
 
 def test_operators_of_like_sites_are_one(tiny, space) -> None:

@@ -62,6 +62,18 @@ def test_outlook_counts_what_is_missing(tiny, space, sample, measured) -> None:
     assert after.seconds == 0
 
 
+def test_profile_gives_what_is_written_back_no_credit(memory) -> None:
+    model, space = memory
+    sample = torch.randn(2, 8, 64)
+    profile = measure(model, space, sample, {}, lambda batch: None)
+    assert profile.uncredited == {site.name: ["w4g32", "s60%"] for site in space.sites}
+    assert {name for row in profile.implementations.values() for name in row.values()} == {
+        "written back"
+    }
+    rows = profile.table.rows
+    assert (rows == rows[:, :1]).all() and profile.table.base == profile.dense_ms
+
+
 def test_profile_survives_json(measured) -> None:
     profile, _ = measured
     assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile

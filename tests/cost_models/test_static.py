@@ -40,6 +40,26 @@ def test_weight_bytes_equal_the_written_file(tiny, space, tmp_path: Path) -> Non
         assert predicted == payload(tmp_path / f"{number}.safetensors"), configuration
 
 
+def test_weight_bytes_of_a_recurrent_layer_equal_the_written_file(memory, tmp_path: Path) -> None:
+    model, space = memory
+    cost, shape = weight_bytes(model, space), shape_of(space)
+    stored = random_weights(space, "float32", 8)
+    for number, text in enumerate(("dense", "w4g32", "s60%")):
+        chosen = space.canonical({site.name: text for site in space.sites})
+        save_file(
+            contents(model, Plan(space, chosen, stored, {}))[0], tmp_path / f"{number}.safetensors"
+        )
+        predicted = cost.base + shape.total(cost.rows, space.config(chosen))
+        assert predicted == payload(tmp_path / f"{number}.safetensors")
+
+
+def test_resident_bytes_of_what_is_written_back_are_dense(memory) -> None:
+    model, space = memory
+    cost = resident_cost(model, space, {})
+    assert (cost.rows == cost.rows[:, :1]).all()
+    assert cost.base + cost.rows[:, 0].sum() == resident_bytes(model)
+
+
 class AnyImplementation(dict):
     """The files do not depend on who runs them."""
 

@@ -84,7 +84,95 @@ class ConvNet(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MIXTURE = dict(hidden_size=WIDTH, intermediate_size=64, vocab_size=WORDS, num_hidden_layers=2)
+MIXTURE |= dict(num_attention_heads=2, num_key_value_heads=1)
+
+
+def _mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=4))
+
+
+def _qwen2_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(**MIXTURE, **EXPERTS, shared_expert_intermediate_size=64)
+    return Qwen2MoeForCausalLM(config)
+
+
+def _qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE, **EXPERTS, head_dim=16))
+
+
+def _gpt_oss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**MIXTURE, num_local_experts=4, head_dim=16))
+
+
+class Recurrent(nn.Module):
+    """Word numbers `[batch, tokens]` -> scores `[batch, tokens, words]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.memory = nn.LSTM(WIDTH, 16, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, input_ids):
+        return self.head(self.memory(self.embed(input_ids))[0])
+
+
+class VisionBlock(nn.Module):
+    """Attention of torch's own and an MLP, each beside its residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Vision(nn.Module):
+    """Signals `[batch, 4, 16]` -> scores `[batch, 10]`: patches by a Conv1d, then two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(4, WIDTH, 4, stride=4)
+        self.positions = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.blocks = nn.ModuleList([VisionBlock(), VisionBlock()])
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x):
+        x = self.patches(x).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Encoder(nn.Module):
+    """`[batch, tokens, 32]` -> the same; torch's encoder reads its layers' weights itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
 MAKERS = dict(llama=_llama, qwen3=_qwen3, opt=_opt, gpt2=_gpt2, bert=_bert, conv=ConvNet)
+MAKERS |= dict(mixtral=_mixtral, qwen2_moe=_qwen2_moe, qwen3_moe=_qwen3_moe, gpt_oss=_gpt_oss)
+MAKERS |= dict(recurrent=Recurrent, vision=Vision, encoder=Encoder)
+INPUTS = dict(conv=(3, 8, 8), vision=(4, 16), encoder=(12, WIDTH))
 
 
 def _make(family: str) -> nn.Module:
@@ -101,8 +189,8 @@ def _make(family: str) -> nn.Module:
 
 def _batch(family: str, tokens: int = 12):
     generator = torch.Generator().manual_seed(1)
-    if family == "conv":
-        return torch.randn(2, 3, 8, 8, generator=generator)
+    if family in INPUTS:
+        return torch.randn(2, *INPUTS[family], generator=generator)
     return {"input_ids": torch.randint(3, WORDS, (2, tokens), generator=generator)}
 
 

@@ -112,6 +112,8 @@ def test_apply_dropped_last_block_of_bert_equals_a_shorter_model(applied, make_m
 
 CASES = [(f, o) for f in (*LANGUAGE, "bert") for o in ("w4g32", "w4g16s", "w8", "r50%", "s50%")]
 CASES += [("conv", option) for option in ("w4g16s", "w8", "s50%")]
+WRITTEN = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "recurrent", "vision", "encoder")
+CASES += [(family, option) for family in WRITTEN for option in ("w4g16s", "r50%", "s50%+w4g32")]
 
 
 @pytest.mark.parametrize("family, option", CASES)
@@ -132,7 +134,43 @@ def test_apply_option_everywhere_equals_its_reference_weights(
     )
 
 
-@pytest.mark.parametrize("family", [*LANGUAGE, "bert", "conv"])
+@pytest.mark.parametrize("family", WRITTEN)
+def test_apply_written_back_equals_weights_replaced_by_hand(
+    applied, make_model, full_space, make_plan, make_batch, family
+):
+    dense, space, batch = make_model(family), full_space(family), make_batch(family)
+    plan = make_plan(copy.deepcopy(dense), space, {})
+    sites = [site for site in space.sites if site.written_back]
+    parameters = dict(dense.named_parameters())
+    for site in sites:
+        for member, weight in zip(
+            site.members, plan.stored(site, parse_option("w4g16s")), strict=True
+        ):
+            parameter = parameters[f"{member.module}.{member.parameter}"]
+            place = parameter if member.index is None else parameter[member.index]
+            matrix = reference_weight(weight)
+            place.copy_((matrix.T if member.transposed else matrix).reshape(place.shape))
+    before = output_of(make_model(family), batch)
+    model = applied(family, {site.name: "w4g16s" for site in sites})
+    assert torch.equal(output_of(model, batch), output_of(dense, batch))
+    assert not torch.allclose(output_of(model, batch), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_apply_written_back_leaves_shared_parameters(
+    make_model, full_space, make_plan, make_batch, family
+):
+    model, space, batch = make_model(family), full_space(family), make_batch(family)
+    before = output_of(model, batch)
+    sites = [site.name for site in space.sites if site.written_back]
+    plan = make_plan(model, space, dict.fromkeys(sites, "w4g16s"))
+    shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    apply(shared, space, plan.configuration, plan.stored, plan.implementations)
+    assert not torch.equal(output_of(shared, batch), before)
+    assert torch.equal(output_of(model, batch), before)
+
+
+@pytest.mark.parametrize("family", [*LANGUAGE, *WRITTEN, "bert", "conv"])
 def test_apply_dense_leaves_the_model_untouched(applied, make_model, make_batch, family):
     model, dense, batch = applied(family, {}), make_model(family), make_batch(family)
     assert [type(m) for m in model.modules()] == [type(m) for m in dense.modules()]

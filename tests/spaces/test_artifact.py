@@ -20,7 +20,8 @@ from apportion.spaces.apply import apply
 from apportion.spaces.artifact import DESCRIPTION, REPORT, TENSORS, load, write
 from apportion.spaces.batches import call, frozen, main_tensor
 
-FAMILIES = ("llama", "qwen3", "opt")
+FAMILIES = ("llama", "qwen3", "opt", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+PYTHON = ("conv", "recurrent", "vision", "encoder")
 
 
 def drawn(space, seed):
@@ -61,8 +62,8 @@ def output_of(model, batch):
     return main_tensor(call(model, batch))
 
 
-def load_conv(folder, make_model):
-    return load(folder, model=lambda: type(make_model("conv"))())
+def load_python(folder, make_model, family="conv"):
+    return load(folder, model=lambda: type(make_model(family))())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,11 +74,14 @@ def test_load_of_mixed_configurations_is_bit_equal(written, full_space, make_bat
     assert torch.equal(output_of(load(folder), batch), output_of(model, batch))
 
 
+@pytest.mark.parametrize("family", PYTHON)
 @pytest.mark.parametrize("seed", range(4))
-def test_load_of_a_python_model_is_bit_equal(written, full_space, make_model, make_batch, seed):
-    folder, model = written("conv", drawn(full_space("conv"), seed))
-    batch = make_batch("conv")
-    assert torch.equal(output_of(load_conv(folder, make_model), batch), output_of(model, batch))
+def test_load_of_a_python_model_is_bit_equal(
+    written, full_space, make_model, make_batch, family, seed
+):
+    folder, model = written(family, drawn(full_space(family), seed))
+    loaded, batch = load_python(folder, make_model, family), make_batch(family)
+    assert torch.equal(output_of(loaded, batch), output_of(model, batch))
 
 
 @pytest.mark.parametrize("family", ["llama", "conv"])

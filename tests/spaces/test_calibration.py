@@ -88,6 +88,12 @@ def test_collect_leaves_grouped_convolutions_out(make_model, make_batch):
     assert "blocks.1.first" not in found and "blocks.1.second" in found
 
 
+def test_collect_leaves_out_what_is_written_back(make_model, make_batch):
+    found = watched(make_model("mixtral"), [make_batch("mixtral")])
+    leaves = ("q_proj+k_proj+v_proj", "o_proj")
+    assert [*found] == [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in leaves]
+
+
 def test_collect_of_a_bfloat16_model_sums_in_float64():
     model = frozen(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16())
     batch = torch.randn(300, 4).bfloat16()

@@ -52,14 +52,14 @@ def test_discover_says_what_a_sub_block_returns(found, family):
     assert attention.residual_inside == (family == "bert")
 
 
-@pytest.mark.parametrize("family", [*GROUPS, "conv"])
+@pytest.mark.parametrize("family", [*GROUPS, "conv", "mixtral", "vision", "recurrent"])
 def test_discover_puts_parents_first_and_each_layer_once(found, family):
     sites = found(family).sites
     names = [site.name for site in sites]
     for place, site in enumerate(sites):
         assert site.parent is None or site.parent in names[:place]
-        assert all(m.module.startswith(site.parent or "") for m in site.members)
-    layers = [member.module for site in sites for member in site.members]
+        assert all(m.path.startswith(site.parent or "") for m in site.members)
+    layers = [member.path for site in sites for member in site.members]
     assert len(layers) == len(set(layers))
 
 
@@ -105,39 +105,132 @@ class Odd(nn.Module):
         self.line = nn.Conv1d(8, 8, 1)
         self.mirrored = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
         self.own = nn.Parameter(torch.eye(8))
+        self.added = nn.Parameter(torch.ones(4, 8))
+        self.pair = nn.Bilinear(8, 8, 8)
 
     def forward(self, x):
-        x = self.twice(self.twice(x)) @ self.own
+        x = self.twice(self.twice(x)) @ self.own + self.added
         x = self.memory(self.attention(x, x, x)[0])[0]
         x = self.mirrored(self.line(x.transpose(1, 2)).transpose(1, 2).unsqueeze(1))
-        return self.last(x.squeeze(1))
+        return self.last(self.pair(x.squeeze(1), x.squeeze(1)))
 
 
 @pytest.mark.parametrize(
     "path, reason",
     [
-        ("twice", "called 2 times in one forward"),
         ("never", "the model's forward does not call it as a layer"),
-        ("attention.in_proj_weight", "MultiheadAttention: only Linear"),
-        ("attention.out_proj", "only Linear, Conv1D (GPT-2) and Conv2d are treated"),
-        ("memory.weight_ih_l0", "LSTM: only Linear"),
-        ("memory.weight_hh_l0", "LSTM: only Linear"),
-        ("line", "Conv1d: only Linear"),
-        ("mirrored", "Conv2d: only padding with zeros, given as numbers, is treated"),
-        ("own", "Odd: only Linear"),
+        ("added", "Odd: the forward multiplies by it in no way that is known"),
+        ("pair", "Bilinear: the forward multiplies by it in no way that is known"),
     ],
 )
 def test_discover_gives_the_reason_for_untreated_layers(path, reason):
     discovery = discover(Odd().eval(), torch.randn(1, 4, 8))
-    assert reason in discovery.untreated[path]
-    assert [site.name for site in discovery.sites] == ["last"] and len(discovery.untreated) == 9
+    assert discovery.untreated[path] == reason and len(discovery.untreated) == 3
 
 
-def test_discover_leaves_layers_that_torch_may_bypass(make_batch):
+def test_discover_writes_back_what_no_operator_can_replace():
+    sites = discover(Odd().eval(), torch.randn(1, 4, 8)).sites
+    assert [site.name for site in sites if not site.written_back] == ["last"]
+    assert {site.name: site.kind for site in sites if site.written_back} == {
+        "own": "linear",
+        "twice.weight": "linear",
+        "attention.in_proj_weight": "linear",
+        "attention.out_proj.weight": "linear",
+        "memory.weight_ih_l0": "linear",
+        "memory.weight_hh_l0": "linear",
+        "line.weight": "conv",
+        "mirrored.weight": "conv",
+    }
+
+
+def test_discover_writes_back_layers_that_torch_may_bypass():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     discovery = discover(nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16))
-    assert [site.name for site in discovery.sites if not site.is_structure] == []
-    assert "without calling" in discovery.untreated["layers.0.linear1"]
+    assert all(site.written_back for site in discovery.sites) and discovery.untreated == {}
+    assert [m.path for s in discovery.sites[:4] for m in s.members] == [
+        "layers.0.self_attn.in_proj_weight",
+        "layers.0.self_attn.out_proj.weight",
+        "layers.0.linear1.weight",
+        "layers.0.linear2.weight",
+    ]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_discover_puts_the_stacked_experts_of_a_block_into_one_site(found, family):
+    discovery = found(family)
+    written = {site.name: site for site in discovery.sites if site.written_back}
+    experts = "model.layers.{}.mlp.experts.{}"
+    leaves = ("gate_up_proj", "down_proj")
+    assert [*written] == [experts.format(n, leaf) for n in (0, 1) for leaf in leaves]
+    for name, site in written.items():
+        assert [m.path for m in site.members] == [f"{name}.{index}" for index in range(4)]
+        assert all(m.transposed == (family == "gpt_oss") for m in site.members)
+        assert site.parent == name.partition(".experts")[0]
+    shape = written["model.layers.0.mlp.experts.down_proj"].members[0].shape
+    inner = 64 if family in ("mixtral", "gpt_oss") else 32
+    assert (shape.out_features, shape.in_features) == (32, inner)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_discover_leaves_routers_and_nothing_else(found, family):
+    assert found(family).untreated == {
+        f"model.layers.{place}.mlp.gate": "a router among 4 experts" for place in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_discover_finds_experts_however_they_are_multiplied(found, make_model, make_batch, way):
+    model = make_model("mixtral")
+    model.set_experts_implementation(way)
+    assert discover(model, make_batch("mixtral")) == found("mixtral")
+
+
+def test_discover_finds_experts_in_the_middle_of_mapped_memory(found, make_model, make_batch):
+    model = make_model("mixtral")
+    own = dict(model.named_parameters())
+    memory = torch.empty(sum(p.numel() for p in own.values()))
+    first = 0
+    for parameter in own.values():
+        place = memory[first : first + parameter.numel()].view(parameter.shape)
+        parameter.data = place.copy_(parameter)
+        first += parameter.numel()
+    assert discover(model, make_batch("mixtral")) == found("mixtral")
+
+
+class Routed(nn.Module):
+    """A list of experts of which only the first is ever reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = {"gate": (8, 16), "up": (8, 16), "down": (16, 8)}
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in layers.items()})
+            for _ in range(3)
+        )
+        for expert in self.experts:
+            expert.forward = lambda x, e=expert: e["down"](e["gate"](x) * e["up"](x))
+        self.spare = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_discover_makes_sites_of_experts_that_are_not_reached():
+    discovery = discover(Routed().eval(), torch.randn(2, 8))
+    names = [site.name for site in discovery.sites if not site.is_structure]
+    assert not any(site.written_back for site in discovery.sites)
+    assert names == [f"experts.{n}.{leaf}" for n in range(3) for leaf in ("gate+up", "down")]
+    assert discovery.unreached == {name for name in names if not name.startswith("experts.0")}
+    assert [*discovery.untreated] == ["spare"]
+
+
+def test_discover_attention_of_torch_is_a_sub_block(found):
+    discovery = found("vision")
+    sites = {site.name: site for site in discovery.sites}
+    attention = sites["blocks.0.attention"]
+    assert (attention.kind, attention.output, attention.output_length) == ("attention", "tuple", 2)
+    assert sites["blocks.0.attention.in_proj_weight"].parent == "blocks.0.attention"
+    assert [*discovery.untreated] == ["positions"]
 
 
 def test_discover_leaves_no_hooks_when_the_model_fails(make_model):

@@ -1,6 +1,7 @@
 """Spaces: which entry decides, what patterns name, and what configurations mean."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -199,3 +200,34 @@ def test_without_strikes_options_but_never_the_neutral_one(space):
     assert less.texts[less.index(QKV.format(0))] == ("dense", "w4g32")
     assert less.texts[less.index("model.layers.0")] == ("keep",)
     assert less.texts[less.index(QKV.format(1))] == ("dense", "w4g32", "w8")
+
+
+@pytest.mark.parametrize(
+    "option, told",
+    [
+        ("w8a8", "where weights are written back, what enters the layer cannot be quantized"),
+        ("w3:gptq", 'where weights are written back, option "w3:gptq": gptq needs calibration'),
+        ("s50%:wanda", "wanda needs calibration statistics and this layer has none"),
+    ],
+)
+def test_build_space_refuses_what_needs_the_inputs_of_weights_that_are_written_back(
+    make_model, make_batch, option, told
+):
+    sites = discover(make_model("mixtral"), make_batch("mixtral")).sites
+    experts = "model.layers.0.mlp.experts.down_proj"
+    (problem,) = refused(sites, Entry((experts,), (option, "w8")))
+    assert f'"{option}" does not fit 1 site: ' in problem and told in problem
+    space = build_space(sites, [Entry((experts,), (option, "w8"), skip_unfit=True)])
+    assert space.texts == (("dense", "w8"),)
+
+
+def test_build_space_parameters_of_a_sub_block_lie_in_it(make_model, make_batch):
+    sites = discover(make_model("vision"), make_batch("vision")).sites
+    space = build_space(sites, [replace(entry, skip_unfit=True) for entry in EVERYTHING])
+    for name in ("blocks.1.attention.in_proj_weight", "blocks.1.attention.out_proj.weight"):
+        assert space.sites[space.parent[space.index(name)]].name == "blocks.1.attention"
+    space = build_space(sites, [Entry(("blocks.0.attention",), ("w8",))])
+    assert names(space) == {
+        "blocks.0.attention.in_proj_weight",
+        "blocks.0.attention.out_proj.weight",
+    }

@@ -100,7 +100,7 @@ def images(count=3):
 
 def texts(family, make_batch):
     """Batches of different lengths and, where the model takes tokens, one with padding."""
-    if family == "conv":
+    if family in ("conv", "vision"):
         return [make_batch(family), 2 * make_batch(family)]
     padded = make_batch(family, 9)
     mask = torch.ones_like(padded["input_ids"])
@@ -138,7 +138,7 @@ def assert_same(found, expected):
         assert found[name].tokens == statistics.tokens
 
 
-FAMILIES = ("llama", "qwen3", "opt", "gpt2", "bert", "conv")
+FAMILIES = ("llama", "qwen3", "opt", "gpt2", "bert", "conv", "mixtral", "vision")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

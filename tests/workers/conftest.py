@@ -2,13 +2,20 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import Bank
@@ -99,6 +106,35 @@ def spec(home: Path) -> WorkerSpec:
         base=str(home),
         budgets={},
     )
+    fill_bank(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def mixture_spec(home: Path, spec: WorkerSpec) -> WorkerSpec:
+    """The same for a mixture of experts, which lie in stacks."""
+    folder = home / "mixture"
+    shutil.copytree(home / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    made = spec | {
+        "source": f"hf:{folder}",
+        "space": [
+            [["*.self_attn.*", "*.experts.*"], ["dense", "w4g32", "s50%"]],
+            [["mlp:*", "block:*"], ["keep", "drop"]],
+        ],
+        "bank": str(home / "mixture-bank"),
+        "index": str(home / "mixture-index.json"),
+    }
     fill_bank(made)
     return made
 
