@@ -125,6 +125,7 @@ def _loss(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Held-out loss of the loaded artifact, against the dense model."""
     from safetensors import safe_open
 
+    from apportion.spaces.apply import WRITTEN_BACK
     from apportion.spaces.artifact import TENSORS, describe
     from apportion.spaces.batches import call, no_gradients
     from apportion.workers.spec import open_setting
@@ -145,7 +146,7 @@ def _loss(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     names = [site["implementation"] for site in describe(folder)["sites"]]
     with safe_open(folder / TENSORS, framework="pt") as file:
         size = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
-    same_path = all(name in ("linear.f32", "conv.f32") for name in names)
+    same_path = all(name in ("linear.f32", "conv.f32", WRITTEN_BACK) for name in names)
     return {"loss": total / weight, "weight_bytes": size, "same_path": same_path}
 
 

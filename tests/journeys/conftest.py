@@ -275,6 +275,12 @@ def journey(files: Path, tmp_path: Path) -> Journey:
 
 
 @pytest.fixture(scope="session")
+def journey_in() -> Callable[[Path], Journey]:
+    """A journey in another folder, whose study is in `study`."""
+    return lambda folder: Journey(folder / "study", folder / "home")
+
+
+@pytest.fixture(scope="session")
 def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Journey:
     """The study, undisturbed. Read it only."""
     folder = tmp_path_factory.mktemp("finished")
