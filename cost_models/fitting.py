@@ -157,6 +157,8 @@ def _subject(context: Context, times: ItemTimes, choice: Choice, config: Config)
     there = [place for place in range(len(config)) if not void[place] and config[place]]
     running = [chosen_operator(times, choice, place, config[place]) for place in there]
     operators = [operator.key for operator in running if operator is not None]
+    taken = [plan.alternatives.get((place, config[place])) for place in there]
+    operators += [name for name in taken if name is not None]
     dropped = [plan.structures[place] for place in there if place in plan.structures]
 
     def build() -> Call:

@@ -21,7 +21,7 @@ from apportion.cost_models.operators import (
 )
 from apportion.cost_models.requests import RequestItem, runner
 from apportion.cost_models.session import Session, Subject
-from apportion.cost_models.whole_model import signature, whole_description, without
+from apportion.cost_models.whole_model import configured, signature, whole_description, without
 from apportion.spaces.batches import Batch
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DROP, Space
@@ -56,6 +56,8 @@ class ItemPlan:
         originals: place of a weight site -> its own layers.
         candidates: (site, option) -> one operator for each implementation that serves it.
         structures: place of a structure site -> its signature.
+        alternatives: (choice block, option) -> name of the alternative, the same where both the
+            blocks and what they are given are alike.
         model: signature of the dense model.
     """
 
@@ -63,6 +65,7 @@ class ItemPlan:
     originals: dict[int, Operator]
     candidates: dict[tuple[int, int], list[Operator]]
     structures: dict[int, str]
+    alternatives: dict[tuple[int, int], str]
     model: str
 
     @property
@@ -87,6 +90,8 @@ class ItemTimes:
         operators: key -> mean and upper.
         savings: place of a structure site -> what the model is faster without it.
         dropped: places that were dropped together -> the model without them.
+        added: (choice block, option) -> what the model is slower with that alternative than with
+            the first; negative where it is faster.
         widths: half widths of the operators' intervals, relative.
     """
 
@@ -95,6 +100,7 @@ class ItemTimes:
     operators: dict[str, tuple[float, float]]
     savings: dict[int, float]
     dropped: dict[tuple[int, ...], float]
+    added: dict[tuple[int, int], float]
     widths: tuple[float, ...]
 
 
@@ -118,14 +124,21 @@ def plan_item(context: Context, item: RequestItem) -> ItemPlan:
         for place, site in enumerate(space.sites)
         if DROP in space.texts[place]
     }
-    return ItemPlan(item, originals, candidates, structures, signature(model))
+    alternatives = {
+        (place, number): f"{signature(model.get_submodule(site.name), [given[site.name]])}:{text}"
+        for place, site in enumerate(space.sites)
+        if site.choices and site.name in given
+        for number, text in enumerate(space.texts[place][1:], 1)
+    }
+    return ItemPlan(item, originals, candidates, structures, alternatives, signature(model))
 
 
 def _given_below(space: Space, structure: Site, given: dict[str, Given]) -> list[Given]:
     return [
         given[site.name]
         for site in space.sites
-        if site.name in given and site.members[0].module.startswith(structure.name + ".")
+        if site.name in given and site.members
+        if site.members[0].module.startswith(structure.name + ".")
     ]
 
 
@@ -149,7 +162,8 @@ def measure_item(context: Context, plan: ItemPlan) -> ItemTimes:
         for places, (some, milliseconds) in zip(likes, dropped.items(), strict=True)
         for place in places
     }
-    return ItemTimes(plan, dense, times, savings, dropped, tuple(widths))
+    added = _with_alternatives(context, plan, dense)
+    return ItemTimes(plan, dense, times, savings, dropped, added, tuple(widths))
 
 
 def _rivals(plan: ItemPlan, original: Operator) -> list[Operator]:
@@ -250,3 +264,34 @@ def _without_some(
     )
     times = {some: dense * m.ratio for some, m in zip(dropped, found, strict=True)}
     return list(likes.values()), times
+
+
+def _with_alternatives(
+    context: Context, plan: ItemPlan, dense: float
+) -> dict[tuple[int, int], float]:
+    """What each alternative adds to the dense model's milliseconds; like ones switch together."""
+    likes: dict[str, list[tuple[int, int]]] = {}
+    for place, name in plan.alternatives.items():
+        likes.setdefault(name, []).append(place)
+    switched = [tuple(places[::DROPPED_SHARE]) for places in likes.values()]
+    session, space = context.session, context.space
+
+    def subject(places: tuple[tuple[int, int], ...]) -> Subject:
+        def build() -> Call:
+            chosen = {space.sites[site].name: space.texts[site][option] for site, option in places}
+            model = configured(context.model, space, chosen, {}, context.rank_multiple)
+            return runner(model, plan.item, context.sample)
+
+        return Subject(plan.description([plan.alternatives[p] for p in places], []), build)
+
+    found = session.measure(
+        [subject(places) for places in switched],
+        lambda: runner(context.model, plan.item, context.sample),
+        session.timing.model_seconds if session.timing else 0.0,
+        context.model_bytes,
+    )
+    return {
+        place: dense * (measured.ratio - 1) / len(some)
+        for places, some, measured in zip(likes.values(), switched, found, strict=True)
+        for place in places
+    }

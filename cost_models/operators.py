@@ -93,24 +93,27 @@ def model_dtype(model: nn.Module) -> str:
 
 
 def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
-    """Site name -> what its layers are given in one run.
+    """Site name -> what its layers, or a choice block, are given in one run.
 
     Sites that are not called, or are no layers but written back, are left out.
     """
     seen: dict[str, Given] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                dtype = str(args[0].dtype).removeprefix("torch.")
-                seen.setdefault(name, Given(tuple(args[0].shape), dtype))
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = next((a for a in (*args, *keywords.values()) if isinstance(a, Tensor)), None)
+            if given is not None:
+                dtype = str(given.dtype).removeprefix("torch.")
+                seen.setdefault(name, Given(tuple(given.shape), dtype))
 
         return note
 
     handles = [
-        model.get_submodule(site.members[0].module).register_forward_pre_hook(hook(site.name))
+        model.get_submodule(
+            site.name if site.choices else site.members[0].module
+        ).register_forward_pre_hook(hook(site.name), with_kwargs=True)
         for site in space.sites
-        if site.members and not site.written_back
+        if site.choices or (site.members and not site.written_back)
     ]
     try:
         run()

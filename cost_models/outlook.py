@@ -54,7 +54,8 @@ def outlook(
     subjects = [dict(stored["subject"]) for stored in known.values() if "subject" in stored]
     stored = {content_hash({k: v for k, v in s.items() if k not in BESIDES}) for s in subjects}
     needed = {key for plan in plans for key in plan.operators}
-    whole = sum(1 + len(set(plan.structures.values())) + configurations for plan in plans)
+    changed = [{*plan.structures.values(), *plan.alternatives.values()} for plan in plans]
+    whole = sum(1 + len(names) + configurations for names in changed)
     models = {plan.model for plan in plans}
     whole_stored = sum(subject.get("model") in models for subject in subjects)
     seconds = timing.operator_seconds * len(needed - stored)

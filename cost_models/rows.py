@@ -20,7 +20,8 @@ class Choice:
     """Implementation names [site][option]; "dense" for a weight site's neutral option.
 
     Attributes:
-        names: "structure" for the options of structure sites; "dense" also where nothing serves.
+        names: "structure" for the options of structure sites and choice blocks; "dense" also where
+            nothing serves.
         credited: whether the option runs anything but the dense computation.
     """
 
@@ -86,14 +87,17 @@ def chosen_operator(
 def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Rows]:
     """Mean and upper milliseconds [sites, options] of one request item, its count not applied.
 
-    The neutral row of a structure site is what dropping it saves less what its sites take.
+    The neutral row of a structure site is what dropping it saves less what its sites take. Those
+    of a choice block are what its alternatives take more than the fastest of them.
     """
     rows: list[list[tuple[float, float]]] = [
         [(0.0, 0.0)] * len(options) for options in space.options
     ]
     below = np.zeros(len(space.sites))
     for place in reversed(range(len(space.sites))):
-        if space.sites[place].is_structure:
+        if space.sites[place].choices:
+            rows[place] = _alternative_times(times, place, len(space.options[place]))
+        elif space.sites[place].is_structure:
             own = max(0.0, times.savings.get(place, 0.0) - below[place])
             rows[place][0] = (own, own)
         elif place in times.plan.originals:
@@ -105,6 +109,11 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
             below[space.parent[place]] += below[place] + rows[place][0][0]
     means = [[mean for mean, _ in row] for row in rows]
     return padded(means), padded([[upper for _, upper in row] for row in rows])
+
+
+def _alternative_times(times: ItemTimes, place: int, options: int) -> list[tuple[float, float]]:
+    added = [times.added.get((place, option), 0.0) for option in range(options)]
+    return [(own - min(added), own - min(added)) for own in added]
 
 
 def _operator_times(

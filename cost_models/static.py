@@ -16,6 +16,7 @@ from apportion.cost_models.table import Rows, padded
 from apportion.kernels.formats import DTYPES, stored_bytes
 from apportion.kernels.group import resident_bytes
 from apportion.kernels.registry import implementation
+from apportion.spaces.choice import unchosen
 from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
@@ -33,7 +34,8 @@ class StaticCost:
 def weight_bytes(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE) -> StaticCost:
     """Payload of all tensors written, tied ones once.
 
-    A structure site's `keep` holds what lies in it and in no site below: norms and biases.
+    A structure site's `keep` holds what lies in it and in no site below: norms and biases;
+    `op:NAME` of a choice block holds its alternative.
     """
     dtype = model_dtype(model)
     rows = [
@@ -57,7 +59,8 @@ def site_bytes(
 
 def bits(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE) -> StaticCost:
     """8 x stored bytes of the weight sites / the number of their dense weights."""
-    weights = sum(site.weights for site in space.sites)
+    # Choice blocks alone have none: no bits of nothing.
+    weights = sum(site.weights for site in space.sites) or 1
     rows = [
         [8 * size / weights for size in row.values()]
         for row in site_bytes(model, space, rank_multiple)
@@ -150,7 +153,8 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _add_remainder(
     model: nn.Module, space: Space, rows: list[list[float]], tensors: Mapping[str, Tensor]
 ) -> float:
-    """Add all that no weight site holds to the `keep` around it; returns what nothing is around."""
+    """Add all that no weight site holds to the `keep` around it, or to the alternatives that it is
+    stored with; returns what nothing is around."""
     weights = {member.parameter_path for site in space.sites for member in site.members}
     base = 0.0
     for name, tensor in tensors.items():
@@ -162,8 +166,22 @@ def _add_remainder(
             for place, site in enumerate(space.sites)
             if site.is_structure and name.startswith(site.name + ".")
         ]
-        if around:
-            rows[max(around, key=lambda place: len(space.sites[place].name))][0] += size
-        else:
+        if not around:
             base += size
+            continue
+        place = max(around, key=lambda place: len(space.sites[place].name))
+        for number in _options_holding(space, place, name):
+            rows[place][number] += size
     return base
+
+
+def _options_holding(space: Space, place: int, name: str) -> list[int]:
+    """The options of a structure site or choice block with which a tensor in it is stored."""
+    site = space.sites[place]
+    if not site.choices:
+        return [0]
+    return [
+        number
+        for number, text in enumerate(space.texts[place])
+        if not name.startswith(unchosen(site.name, site.choices, text))
+    ]

@@ -1,5 +1,6 @@
 """Puts a configuration into a live model: packed operators in place of layers, nothing in place
-of what is dropped, and realized weights as parameters where a module's forward is not known."""
+of what is dropped, one alternative of each choice block, and realized weights as parameters where a
+module's forward is not known."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from apportion.kernels.formats import StoredWeight
 from apportion.kernels.group import members as group_members
 from apportion.kernels.reference import reference_weight
 from apportion.kernels.registry import implementation
+from apportion.spaces.choice import OPERATION, choice_at
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP, Space
@@ -99,6 +101,16 @@ def write_back(model: nn.Module, members: Sequence[Member], stored: Sequence[Sto
         set_parameter(model, path, values)
 
 
+def chosen_alternatives(space: Space, configuration: Mapping[str, str]) -> dict[str, str]:
+    """Path of each choice block that is not under a dropped site -> name of what runs there."""
+    config = space.config(configuration)
+    return {
+        site.name: configuration[site.name].removeprefix(OPERATION)
+        for place, site in enumerate(space.sites)
+        if site.choices and not space.void(config, place)
+    }
+
+
 def apply(
     model: nn.Module,
     space: Space,
@@ -107,6 +119,8 @@ def apply(
     implementations: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Realize a configuration in `model`, in place; what it names dense is left untouched.
+
+    A choice block holds only what was chosen.
 
     Args:
         model: the dense model.
@@ -117,6 +131,8 @@ def apply(
             what is written back needs none.
     """
     canonical = space.canonical(configuration)
+    for path, name in chosen_alternatives(space, canonical).items():
+        choice_at(model, path).settle(name)
     for place, site in enumerate(space.sites):
         text = canonical[site.name]
         if site.is_structure or text == DENSE or space.void(space.config(canonical), place):

@@ -23,8 +23,18 @@ from torch import Tensor, nn
 from apportion.errors import ApportionError, InvalidInput
 from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.registry import IMPLEMENTATIONS
-from apportion.spaces.apply import WRITTEN_BACK, Stored, bias_of, drop, install, write_back
+from apportion.spaces.apply import (
+    WRITTEN_BACK,
+    Stored,
+    bias_of,
+    chosen_alternatives,
+    drop,
+    install,
+    write_back,
+)
 from apportion.spaces.batches import frozen
+from apportion.spaces.choice import choice_at, unchosen
+from apportion.spaces.layers import tied_names
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP, Space
 
@@ -46,6 +56,8 @@ class Plan:
 def remainder(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Every tensor of the dense model that the plan leaves as it is; tied tensors once."""
     gone = [s.name + "." for s in plan.space.sites if plan.configuration[s.name] == DROP]
+    for site in plan.space.sites:
+        gone += unchosen(site.name, site.choices, plan.configuration[site.name])
     packed = {
         member.parameter_path
         for site in plan.space.sites
@@ -100,7 +112,8 @@ def contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
         for site in plan.space.sites
         if plan.configuration[site.name] == DROP
     ]
-    return tensors, {"sites": sites, "dropped": dropped}
+    chosen = chosen_alternatives(plan.space, plan.configuration)
+    return tensors, {"sites": sites, "dropped": dropped, "chosen": chosen}
 
 
 def write(
@@ -231,6 +244,8 @@ def _skeleton(
 
 
 def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    for path, name in description.get("chosen", {}).items():  # older folders name none
+        choice_at(model, path).settle(name)
     packed = _packed_by_member(tensors)
     rest = {name: t for name, t in tensors.items() if PACKED not in name}
     expected = set(model.state_dict())
@@ -242,7 +257,7 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
     )
     if unknown:
         raise InvalidInput(f"tensors the model does not have: {', '.join(unknown[:3])}")
-    tied = _tied_names(model)
+    tied = tied_names(model)
     model.load_state_dict(rest, strict=False, assign=False)
     covered = {alias for name in rest for alias in tied.get(name, {name})}
     for site in description["sites"]:
@@ -253,14 +268,6 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
     missing = sorted(expected - covered)
     if missing:
         raise InvalidInput(f"tensors missing from {TENSORS}: {', '.join(missing[:3])}")
-
-
-def _tied_names(model: nn.Module) -> dict[str, set[str]]:
-    """Name -> all names of the same storage."""
-    by_place: dict[int, set[str]] = {}
-    for name, tensor in model.state_dict().items():
-        by_place.setdefault(tensor.data_ptr(), set()).add(name)
-    return {name: names for names in by_place.values() for name in names}
 
 
 def _packed_by_member(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -6,12 +6,13 @@ a block whose output has the shape of the block's hidden state. Matrices that no
 (experts in a stack, an LSTM's) are found by how the forward uses them, and are written back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from apportion.spaces.batches import Batch
+from apportion.spaces.choice import find_choices
 from apportion.spaces.layers import Layer, find_layers, owners_of
 from apportion.spaces.probing import Call, probe
 from apportion.spaces.sites import Member, Site
@@ -29,9 +30,10 @@ class Discovery:
     """What a model offers.
 
     Attributes:
-        sites: blocks, then their sub-blocks, then weight sites, in the order of the modules.
+        sites: blocks, then their sub-blocks, then weight sites, in the order of the modules;
+            choice blocks beside the sub-blocks.
         unreached: names of the sites whose layers the batch does not reach (routed experts).
-        untreated: path of a layer or parameter that is a matrix and no site -> the reason.
+        untreated: path of a layer, parameter or choice block that is no site -> the reason.
     """
 
     sites: tuple[Site, ...]
@@ -49,9 +51,15 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     untreated: dict[str, str] = {}
     layers = {layer.member.module: layer for layer in find_layers(model, seen, untreated)}
     views = _views(model, batch, seen.called, layers, untreated)
-    held = [*layers, *views]
-    blocks = _blocks(model, held, seen.calls)
-    structure = [*blocks, *_sub_blocks(model, held, blocks, seen.calls)]
+    choices = _choices(model, layers, views, untreated)
+    held = [*layers, *views, *choices]
+    calls = {name: call for name, call in seen.calls.items() if not _is_in(name, choices)}
+    blocks = _blocks(model, held, calls)
+    structure = [*blocks, *_sub_blocks(model, held, blocks, calls)]
+    structure += [
+        Site(name, "choice", (), _parent_of(name, structure), choices=names)
+        for name, names in choices.items()
+    ]
     weights = [
         *_layer_sites(layers, structure, _output_head(model)),
         *_written_sites(model, views, structure),
@@ -110,6 +118,23 @@ def _views(
         untreated.pop(name, None)
         untreated.pop(name.removesuffix(".weight"), None)
     return views
+
+
+def _choices(
+    model: nn.Module, layers: dict[str, Layer], views: Views, untreated: dict[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Path of each choice block -> its alternatives; takes what lies in one out of the others."""
+    choices = {path: choice.names for path, choice in find_choices(model, untreated)}
+    for path in [*layers, *views, *untreated]:
+        if _is_in(path, choices):
+            layers.pop(path, None)
+            views.pop(path, None)
+            untreated[path] = "it lies in a choice block: chosen or left out with its alternative"
+    return choices
+
+
+def _is_in(path: str, choices: Iterable[str]) -> bool:
+    return any(f"{path}.".startswith(f"{choice}.") for choice in choices)
 
 
 def _output_head(model: nn.Module) -> str | None:

@@ -116,8 +116,8 @@ class Option:
 
     @property
     def is_structure(self) -> bool:
-        """True for `keep` and `drop`, the options of structure sites."""
-        return self.name in STRUCTURE_NAMES
+        """True for `keep`, `drop` and `op:NAME`: they say what runs, not how weights are stored."""
+        return self.name in STRUCTURE_NAMES or self.operation is not None
 
     @property
     def needs_statistics(self) -> bool:
@@ -275,8 +275,6 @@ def unrealized(option: Option) -> str | None:
     """Why this version does not realize `option`, though the grammar has it; None if it does."""
     if option.name == "fp16":
         return "fp16 is not realized yet; realized: f32, bf16"
-    if option.operation is not None:
-        return f"{option}: choice blocks (op:NAME) are not realized yet"
     if option.keep_percent is not None:
         return f"{option}: keeping a share of channels (cP%) is not realized yet"
     if option.rank_percent is not None and len(option.steps) > 1:

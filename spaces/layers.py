@@ -83,6 +83,14 @@ def owners_of(model: nn.Module) -> Counter[int]:
     return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
+def tied_names(model: nn.Module) -> dict[str, set[str]]:
+    """Name in the model's state -> all names of the same storage."""
+    by_place: dict[int, set[str]] = {}
+    for name, tensor in model.state_dict().items():
+        by_place.setdefault(tensor.data_ptr(), set()).add(name)
+    return {name: names for names in by_place.values() for name in names}
+
+
 def _like_expert(model: nn.Module, name: str, seen: Probe) -> Call | None:
     """What the same layer of a like item of its list was given, where the list's own was skipped.
 

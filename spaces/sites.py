@@ -60,20 +60,21 @@ class Member:
 
 @dataclass(frozen=True)
 class Site:
-    """A node of the tree block > sub-block > weight site.
+    """A node of the tree block > sub-block > weight site, or a choice block.
 
     Attributes:
         name: module path; of a fused group the parent and its members
             ("model.layers.3.self_attn.q_proj+k_proj+v_proj"); of what is written back the
             parameter ("model.layers.0.mlp.experts.down_proj", whose members are the experts).
-        kind: "block", "attention", "mlp", "linear" or "conv".
-        members: the weights that share the option; empty for a structure site.
+        kind: "block", "attention", "mlp", "linear", "conv" or "choice".
+        members: the weights that share the option; empty for a structure site or choice block.
         parent: name of the innermost structure site around it, or None.
         output: what a structure site's module returns: a tensor, or a tuple that starts with one.
         output_length: how many items that tuple holds.
         residual_inside: the module adds its input itself, so dropping it returns the input;
             otherwise (and for all sub-blocks with the sum outside) dropping it returns zeros.
         optional: no site unless a pattern of the study file names it (an untied output head).
+        choices: of a choice block the names of its alternatives, the dense model's first.
     """
 
     name: str
@@ -84,10 +85,11 @@ class Site:
     output_length: int = 1
     residual_inside: bool = False
     optional: bool = False
+    choices: tuple[str, ...] = ()
 
     @property
     def is_structure(self) -> bool:
-        """Whether the site is kept or dropped instead of stored in fewer bits."""
+        """Whether an option says what runs (keep or drop, op:NAME), not how weights are stored."""
         return not self.members
 
     @property

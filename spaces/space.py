@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 
 from apportion.errors import InvalidInput
+from apportion.spaces.choice import OPERATION
 from apportion.spaces.compressors.compose import refusal
 from apportion.spaces.grammar import Option, parse_option, unrealized
 from apportion.spaces.sites import Site
@@ -16,7 +17,9 @@ Config = tuple[int, ...]
 Configuration = dict[str, str]
 
 DENSE, KEEP, DROP = "dense", "keep", "drop"
-KINDS = "keep and drop are for blocks and sub-blocks, all others for weights"
+KINDS = (
+    "keep and drop are for blocks and sub-blocks, op:NAME for choice blocks, all others for weights"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Entry:
 class Space:
     """The sites that have a choice, in tree order, and their options.
 
-    `options[i][0]` is always the neutral one: `dense` of a weight site, `keep` of a structure site.
+    `options[i][0]` is always the neutral one: `dense` of a weight site, `keep` of a structure site,
+    the first alternative of a choice block.
     """
 
     sites: tuple[Site, ...]
@@ -197,7 +201,7 @@ def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: 
         found = _entry_of(site, sites, entries, parsed, matched)
         if found is None:
             continue
-        options = [o for o in parsed[found] if o.is_structure == site.is_structure]
+        options = [option for option in parsed[found] if _is_for(site, option)]
         fitting = []
         for option in options:
             reason = _reason(site, option, rank_multiple)
@@ -205,7 +209,7 @@ def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: 
                 fitting.append(option)
             elif not entries[found].skip_unfit:
                 unfit.setdefault((found, str(option)), []).append(reason)
-        neutral = parse_option(KEEP if site.is_structure else DENSE)
+        neutral = parse_option(_neutral(site))
         chosen_sites.append(site)
         chosen_options.append((neutral, *(o for o in fitting if o != neutral)))
     for (entry, text), reasons in unfit.items():
@@ -247,7 +251,7 @@ def _entry_of(
     decided: int | None = None
     around = [s for s in sites if s.is_structure and _lies_in(site, s)]
     for number, entry in enumerate(entries):
-        fits = any(option.is_structure == site.is_structure for option in parsed[number])
+        fits = any(_is_for(site, option) for option in parsed[number])
         for pattern in entry.sites:
             everything = pattern.rpartition(":")[2] == "*"
             direct = site_matches(site, pattern) and not (site.optional and everything)
@@ -264,11 +268,34 @@ def _lies_in(site: Site, structure: Site) -> bool:
     return bool(site.members) and site.members[0].path.startswith(structure.name + ".")
 
 
+def _neutral(site: Site) -> str:
+    if site.choices:
+        return OPERATION + site.choices[0]
+    return KEEP if site.is_structure else DENSE
+
+
+def _is_for(site: Site, option: Option) -> bool:
+    """Whether the option is of the site's kind."""
+    if site.choices or option.operation is not None:
+        return bool(site.choices) and option.operation is not None
+    return option.is_structure == site.is_structure
+
+
 def _reason(site: Site, option: Option, rank_multiple: int) -> str | None:
+    if site.choices:
+        return _unknown_alternative(site, option)
     if site.written_back and (reason := not_written_back(option)):
         return reason
     found = (refusal(option, member.shape, rank_multiple) for member in site.members)
     return next((reason for reason in found if reason is not None), None)
+
+
+def _unknown_alternative(site: Site, option: Option) -> str | None:
+    if option.operation in site.choices:
+        return None
+    near = get_close_matches(str(option.operation), site.choices, n=1)
+    hint = f"; nearest: {OPERATION}{near[0]}" if near else ""
+    return f"{site.name} has {', '.join(OPERATION + name for name in site.choices)}{hint}"
 
 
 def _unmatched(

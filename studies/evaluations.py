@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apportion.hashing import content_hash
+from apportion.spaces.choice import OPERATION
 from apportion.spaces.space import DENSE, DROP, KEEP
 from apportion.studies.database.engine import DatabaseAway, at_once
 from apportion.studies.database.rows import Evaluation, Lease
@@ -48,7 +49,7 @@ class Naming:
     def key(self, configuration: Mapping[str, str], part: str, first: int, windows: int) -> str:
         """The content-addressed name of one evaluation."""
         chosen = {
-            site: text if text == DROP else self.bank[site][text]
+            site: text if text == DROP or text.startswith(OPERATION) else self.bank[site][text]
             for site, text in configuration.items()
             if text not in (DENSE, KEEP)
         }

@@ -174,8 +174,11 @@ class Judging:
         configuration break a limit that is its own.
         """
         rows, space = self.prices.tables[device].rows, self.prices.space
+        # Alternatives of a choice block are programs of their own, of equal time or not.
         return tuple(
-            -1.0 if space.void(candidate.config, place) else float(rows[place, option])
+            -1.0
+            if space.void(candidate.config, place)
+            else float(option if space.sites[place].choices else rows[place, option])
             for place, option in enumerate(candidate.config)
         )
 

@@ -71,6 +71,8 @@ def _options(site: Site, space: Space | None) -> list[str]:
 def _note(site: Site, space: Space | None, unreached: bool) -> str:
     if space is not None and site.name not in space.names:
         return "fixed: no entry of the space names it"
+    if site.choices:
+        return f"a choice block: runs one of {', '.join(site.choices)}"
     if site.optional:
         return "only a site where a pattern names it"
     if site.written_back:

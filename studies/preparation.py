@@ -44,8 +44,8 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
     for found in samples.values():
         if found.note:
             display.warning(found.note)
-    if not setting.space.weight_sites:
-        raise InvalidInput("space: no weight site of the model has a choice")
+    if not any(site.members or site.choices for site in setting.space.sites):
+        raise InvalidInput("space: no weight site or choice block of the model has a choice")
     _check_limits(spec, setting)
     _check_loss(spec, setting)
     for what, need in (("memory", memory(spec, setting, workers)), ("disk", disk(setting, home))):
@@ -61,7 +61,7 @@ def check(spec: StudySpec, home: Home, display: Display) -> CheckReport:
     space = setting.space
     cost = weight_bytes(setting.opened.model, space, RANK_MULTIPLE)
     structure = [place for place, site in enumerate(space.sites) if site.is_structure]
-    fixed = cost.base + sum(cost.rows[place, 0] for place in structure)
+    fixed = cost.base + sum(cost.rows[p, 0] for p in structure if not space.sites[p].choices)
     return CheckReport(
         sites=len(space.sites),
         weight_sites=len(space.weight_sites),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from apportion.errors import ApportionError, InvalidInput
 from apportion.spaces.apply import Dropped, bias_of
 from apportion.spaces.batches import call, main_tensor
+from apportion.spaces.choice import OPERATION, choice_at
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DENSE, DROP, Configuration, Space
 from apportion.spaces.views import parameter_at, set_parameter
@@ -250,7 +251,9 @@ class Evaluator:
             option = wanted[site.name]
             if option == self._current[site.name]:
                 continue
-            if site.is_structure:
+            if site.choices:
+                choice_at(self.model, site.name).select(option.removeprefix(OPERATION))
+            elif site.is_structure:
                 self._set_dropped(site, option == DROP)
             elif site.written_back:
                 self._set_parameters(site, option)

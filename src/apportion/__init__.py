@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apportion.spaces.artifact import load
+    from apportion.spaces.choice import Choice
     from apportion.studies.specification import StudySpec
     from apportion.studies.study import Study
 
 __version__ = "0.1.0"
-__all__ = ["Study", "StudySpec", "__version__", "load"]
+__all__ = ["Choice", "Study", "StudySpec", "__version__", "load"]
 
 _HOMES = {
+    "Choice": "apportion.spaces.choice",
     "Study": "apportion.studies.study",
     "StudySpec": "apportion.studies.specification",
     "load": "apportion.spaces.artifact",

@@ -1,6 +1,6 @@
 """A point of a front as EvoPress keeps it: dense weights by level, and what was chosen of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from apportion.errors import InvalidInput
 from apportion.kernels.reference import reference_weight
 from apportion.spaces.grammar import parse_option
-from apportion.spaces.space import DENSE, DROP
+from apportion.spaces.space import DENSE, DROP, Space
 from apportion.studies.evopress.conversion import configuration_to_levels
 from apportion.studies.evopress.database import write_database
 from apportion.studies.evopress.drops import configuration_to_drops
@@ -27,11 +27,12 @@ def export(chosen: Chosen, folder: Path) -> None:
     point uses, of all sites that have it.
 
     Raises:
-        InvalidInput: an option of the point is no number of bits, two have the same number, or a
-            drop is none that EvoPress knows.
+        InvalidInput: an option of the point is no number of bits, two have the same number, a
+            drop is none that EvoPress knows, or another alternative than the first was chosen.
     """
     configuration = chosen.context.setting.space.canonical(chosen.point["configuration"])
     sites = chosen.context.setting.sites
+    _refuse_alternatives(configuration, chosen.context.setting.space)
     used = {t for t in configuration.values() if not (t == DENSE or parse_option(t).is_structure)}
     scale = bit_levels(used)
     levels = configuration_to_levels(configuration, sites, scale)
@@ -42,6 +43,17 @@ def export(chosen: Chosen, folder: Path) -> None:
     (folder / LEVELS).write_text(str(levels))
     if drops is not None:
         (folder / DROPS).write_text(str(drops))
+
+
+def _refuse_alternatives(configuration: Mapping[str, str], space: Space) -> None:
+    """The formats have no word for a choice block: its first alternative alone is the model's."""
+    neutral = space.canonical({})
+    for site in space.sites:
+        if site.choices and configuration[site.name] != neutral[site.name]:
+            raise InvalidInput(
+                f'{site.name}: EvoPress has no level for "{configuration[site.name]}"; '
+                "name another point with --trial, or export a folder of ours with --to"
+            )
 
 
 def bit_levels(options: Iterable[str]) -> BitLevels:

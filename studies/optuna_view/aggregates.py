@@ -87,7 +87,7 @@ class Aggregates:
             if site.startswith(dropped)
             else _treatment(text, self.dense_bits)
             for site, text in configuration.items()
-            if text not in STRUCTURE_NAMES
+            if not parse_option(text).is_structure
         ]
 
 

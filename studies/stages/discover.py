@@ -23,8 +23,8 @@ def run(context: Context) -> Output:
     samples = {part: context.samples(part) for part in PARTS}
     check_disjoint(samples)
     space = context.setting.space
-    if not space.weight_sites:
-        raise InvalidInput("space: no weight site of the model has a choice")
+    if not any(site.members or site.choices for site in space.sites):
+        raise InvalidInput("space: no weight site or choice block of the model has a choice")
     for found in samples.values():
         if found.note:
             context.display.warning(found.note)
@@ -40,12 +40,13 @@ def run(context: Context) -> Output:
 
 def summary(space: Space) -> str:
     """ "42 sites: 24 weight sites (42 linear layers), 12 sub-blocks, 6 blocks · 13 options"."""
-    kinds = Counter(
-        "block" if s.kind == "block" else "sub-block" for s in space.sites if s.is_structure
-    )
+    names = {"block": "block", "choice": "choice block"}
+    kinds = Counter(names.get(s.kind, "sub-block") for s in space.sites if s.is_structure)
     layers = sum(len(site.members) for site in space.sites)
     parts = [f"{len(space.weight_sites)} weight sites ({layers} layers)"]
-    parts += [f"{kinds[kind]} {kind}s" for kind in ("sub-block", "block") if kinds[kind]]
+    parts += [
+        f"{kinds[kind]} {kind}s" for kind in ("sub-block", "block", "choice block") if kinds[kind]
+    ]
     options = len({text for row in space.texts for text in row})
     return f"{len(space.sites)} sites: {', '.join(parts)} · {options} options"
 

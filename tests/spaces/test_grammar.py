@@ -147,9 +147,9 @@ def test_parse_of_wrong_text_says_what_is_right(text, told):
 
 REALIZED = """dense f32 bf16 keep drop w2 w3g64 w4g32s w8 w8g64 w8a8 s50% s50%:magnitude r50%:svd
 r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s w1.58 w1.58g64
-s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8
+s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8 op:conv
 w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8"""
-UNREALIZED = "fp16 op:conv c75% c75%+w4 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
+UNREALIZED = "fp16 c75% c75%+w4 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
 
 
 @pytest.mark.parametrize("text", REALIZED.split())

@@ -101,7 +101,8 @@ def test_build_space_options_of_another_kind_are_told(sites):
     (line,) = refused(sites, Entry(("*.down_proj",), ("keep", "drop")))
     assert line == (
         'space[1].sites: "*.down_proj" names only sites that no option here is for; '
-        "keep and drop are for blocks and sub-blocks, all others for weights"
+        "keep and drop are for blocks and sub-blocks, op:NAME for choice blocks, "
+        "all others for weights"
     )
 
 
