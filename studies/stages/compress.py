@@ -108,6 +108,7 @@ def run(context: Context, space: Space) -> Output:
     sites = [place for place, site in enumerate(space.sites) if not site.is_structure]
     total = sum(len(space.options[place]) - 1 for place in sites)
     index: dict[str, dict[str, str]] = {}
+    unseen: list[str] = []
     made = done = 0
     with context.display.stage("compress") as bar:
         for place in sites:
@@ -120,9 +121,17 @@ def run(context: Context, space: Space) -> Output:
                 done += 1
                 bar.update(done, total, site.name)
             index[site.name] = keys
+            if statistics.of(site.name) is None:
+                unseen.append(site.name)
         size = sum(context.bank.bytes(key) for keys in index.values() for key in keys.values())
         kept = f" ({total - made} there already)" if made < total else ""
         bar.end(f"bank {total} entries, {size / 1e6:.0f} MB{kept}")
+    if unseen:
+        context.display.warning(
+            f"nothing is known of the inputs of {len(unseen)} of {len(sites)} weight sites, of "
+            f"{unseen[0]} for one: calibration did not reach them, or they are written back. Their "
+            "weights are compressed by themselves (rtn unweighted, magnitude, svd)"
+        )
     return {"index": index, "entries": total}
 
 

@@ -88,6 +88,9 @@ FAMILIES = {
 }
 
 
+WRITTEN_BACK = ("mixture", "recurrent")
+
+
 @dataclass(frozen=True)
 class Ended:
     """A study that was killed in mid-search, resumed, and came to its end. Read it only."""
@@ -140,7 +143,9 @@ def ended(
     journey = journey_in(folder)
     killed_and_resumed(journey)
     undisturbed = type(journey)(journey.folder, folder / "undisturbed")
-    assert undisturbed.submit().status == 0
+    submitted = undisturbed.submit()
+    assert submitted.status == 0
+    assert ("written back" in submitted.out + submitted.error) == (request.param in WRITTEN_BACK)
     report = json.loads(journey.run("show", "family", "--json").out)
     assert journey.run("export", "family", "--to", folder / "winner").status == 0
     return Ended(family, journey, undisturbed, report, folder)
