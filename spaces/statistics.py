@@ -1,8 +1,6 @@
 """Input statistics on disk: written a tensor at a time, read a site at a time."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from apportion.files import write_whole
 from apportion.spaces.compressors.compose import InputStatistics
 
 COUNT = ":n"
@@ -27,19 +26,7 @@ def write_statistics(path: Path, sites: Mapping[str, InputStatistics]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, found in sites.items():
         tensors |= {name: found.second_moment, f"{name}{COUNT}": torch.tensor(found.tokens)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_header(tensors))
-            for tensor in tensors.values():
-                file.write(tensor.contiguous().numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, _header(tensors), *(t.contiguous().numpy().data for t in tensors.values()))
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:

@@ -5,8 +5,12 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, *content: bytes | memoryview) -> None:
     """Write a file, its folder too; a process that dies on the way leaves no half of it.
+
+    Args:
+        path: the file.
+        content: its parts, one after the other.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -15,7 +19,7 @@ def write_whole(path: Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
