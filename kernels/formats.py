@@ -7,13 +7,15 @@ The tensors of a `StoredWeight` for a matrix [out, in], by format:
 | plain | `weight` [out, in] in `dtype` |
 | sparse | `mask` uint8 [ceil(out * in / 8)], `values` [nonzeros] in `dtype`, row by row |
 | integers | `codes` uint8 [ceil(n * bits / 8)], of ternary [ceil(n / 5)], n = out * in (when sparse: the nonzeros, and `mask`), `scale` bfloat16 [out, groups], `zero` bfloat16 [out, groups] unless symmetric |
+| scaled inputs, with integers but not with integer activations | `input_scale` bfloat16 [in], which the inputs are multiplied by before they meet the codes |
 | outliers, with integers below 8 bits | `outlier_values` bfloat16 [n], row by row, in place of what their codes stand for; `outlier_places` uint8 [n] and `outlier_counts` uint8 [ceil((n + ceil(out * in / 256)) / 8)], where they stand (`kernels.positions`) |
 | low rank | `left` [out, rank] and `right` [rank, in] in `dtype` |
 | Tucker-2, of a convolution | `left` [out, rank], `core` [rank, input_rank * kernel positions] and `right` [input_rank, channels] in `dtype` |
 | residual, with any but low rank | `residual_left` [out, k] and `residual_right` [k, in] in bfloat16 |
 
 An integer code q stands for w = (q - 2^(bits - 1)) * scale + zero, a ternary one for
-w = (q - 1) * scale.
+w = (q - 1) * scale. With scaled inputs that is multiplied by `input_scale` of its input; outliers
+and residual are not.
 """  # noqa: E501 (a table row cannot be broken)
 
 import math
@@ -35,7 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
-LATER_FIELDS = ("input_rank", "outliers")
+LATER_FIELDS = ("input_rank", "outliers", "input_scaled")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Format:
         input_rank: Input channels of the core of a convolution's Tucker form, whose output channels
             are `rank`; None: no such form.
         outliers: How many weights are kept in bfloat16 and not as codes; None: none.
+        input_scaled: Inputs are multiplied by scales of their own before they meet the codes.
 
     Raises:
         InvalidInput: If the parts do not fit each other.
@@ -106,6 +109,7 @@ class Format:
     residual_rank: int | None = None
     input_rank: int | None = None
     outliers: int | None = None
+    input_scaled: bool = False
 
     def __post_init__(self) -> None:
         if reason := _contradiction(self):
@@ -126,7 +130,7 @@ class Format:
     def to_json(self) -> dict[str, Any]:
         """All fields, but for later ones that say nothing: keys made before them stay."""
         value = asdict(self)
-        return {k: v for k, v in value.items() if v is not None or k not in LATER_FIELDS}
+        return {k: v for k, v in value.items() if v or k not in LATER_FIELDS}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -197,6 +201,7 @@ def layout(
         tensors["codes"] = (torch.uint8, (packed_bytes(entries, format.bits),))
         scales = (torch.bfloat16, (out, format.groups(inputs)))
         tensors |= {"scale": scales} if format.symmetric else {"scale": scales, "zero": scales}
+        tensors |= {"input_scale": (torch.bfloat16, (inputs,))} if format.input_scaled else {}
     elif format.sparse:
         tensors["values"] = (dtype, (entries,))
     else:
@@ -241,6 +246,8 @@ def _contradiction(format: Format) -> str | None:
         return f"{format.bits} bits are not stored; known: {', '.join(map(str, CODE_BITS))}"
     if format.bits is None and (format.group or format.symmetric or format.activation_bits):
         return "groups, symmetry and integer activations need integer weights"
+    if format.input_scaled and (format.bits is None or format.activation_bits is not None):
+        return "scaled inputs need integer weights, and no integer activations"
     if format.bits == TERNARY_BITS and not format.symmetric:
         return "ternary codes have no zero: they are symmetric"
     if format.group is not None and format.group < 1:

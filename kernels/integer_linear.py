@@ -131,9 +131,11 @@ def refuses_int4(format: Format, shapes: Sequence[LayerShape], device: str) -> s
         return "needs a zero per group"
     if format.group not in INT4_GROUPS:
         return f"needs groups of {', '.join(map(str, INT4_GROUPS))} inputs"
-    outputs = sum(shape.out_features for shape in shapes)
-    if outputs % INT4_ROWS:
-        return f"needs a multiple of {INT4_ROWS} outputs, not {outputs}"
+    outputs = [shape.out_features for shape in shapes]
+    # Members that scale their inputs, each in its own way, run alone.
+    for multiplied in outputs if format.input_scaled else [sum(outputs)]:
+        if multiplied % INT4_ROWS:
+            return f"needs a multiple of {INT4_ROWS} outputs, not {multiplied}"
     return None
 
 

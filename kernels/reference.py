@@ -163,6 +163,8 @@ def _integer_weight(stored: StoredWeight) -> Tensor:
     if not stored.format.symmetric:
         grouped = grouped + stored.tensors["zero"].float()[..., None]
     weight = grouped.view(out, inputs)
+    if stored.format.input_scaled:
+        weight = weight * stored.tensors["input_scale"].float()
     if stored.format.sparse:
         weight = weight.masked_fill(~_mask(stored), 0)
     if stored.format.outliers:

@@ -12,6 +12,7 @@ from apportion.kernels import integer_linear as integer
 from apportion.kernels.conv import conv
 from apportion.kernels.dense_linear import Build, Refuses, dense_linear
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
+from apportion.kernels.input_scaled import input_scaled
 from apportion.kernels.low_rank_linear import low_rank_linear
 
 DEVICES = ("cpu",)
@@ -81,8 +82,8 @@ def _floating() -> list[Implementation]:
 
 def _integer() -> list[Implementation]:
     return [
-        Implementation("int4pack.bf16", integer.refuses_int4, integer.Int4Linear),
-        Implementation("int8pack.bf16", integer.refuses_int8, integer.Int8Linear),
+        Implementation("int4pack.bf16", integer.refuses_int4, input_scaled(integer.Int4Linear)),
+        Implementation("int8pack.bf16", integer.refuses_int8, input_scaled(integer.Int8Linear)),
         Implementation(
             "int8.onednn", integer.refuses_int8_activations, integer.Int8ActivationLinear
         ),

@@ -45,7 +45,7 @@ class Activations:
             self._held[batch] = size
             self._outputs[batch] = output
         else:
-            self._outputs[batch] = _changed(output, self._filed)
+            self._outputs[batch] = changed(output, self._filed)
 
     def take(self, batch: int) -> Any:
         """An output with the same bits and strides as it was put, to be kept here no longer."""
@@ -78,16 +78,16 @@ def leaves(output: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    _changed(output, note)
+    changed(output, note)
     return found
 
 
-def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nest of other tensors; what is neither is left as it is."""
     if isinstance(output, Tensor):
         return change(output)
     if type(output) in (tuple, list):
-        return type(output)(_changed(item, change) for item in output)
+        return type(output)(changed(item, change) for item in output)
     if type(output) is dict:
-        return {name: _changed(item, change) for name, item in output.items()}
+        return {name: changed(item, change) for name, item in output.items()}
     return output

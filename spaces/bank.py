@@ -1,7 +1,7 @@
 """The bank: every realized option, made once, named by what it was made from."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from apportion.files import write_whole
 from apportion.hashing import content_hash, file_hash, tensors_hash
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.spaces.grammar import Option
+from apportion.spaces.stored import StoredSite
 
 # Part of every entry's name: raise it when a compressor gives other numbers than before
 # (tests/spaces/test_bank.py holds a golden entry that notices).
-COMPRESSOR_VERSION = 1
+COMPRESSOR_VERSION = 2
 HASH = "tensors"
 
 
@@ -42,7 +43,8 @@ class Bank:
 
     An entry holds the packed tensors of all members of a site, named `MEMBER.TENSOR`, and in its
     header the members' formats and shapes, and the hash of their tensors, which every read checks.
-    (Entries that were written before there was one are read as they are.)
+    (Entries that were written before there was one are read as they are.) Of a treatment the header
+    is {"members": those, "kept": numbers of the units that stay}.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Bank:
         path = self.path(key)
         return path.stat().st_size if path.is_file() else 0
 
-    def put(self, key: str, stored: Sequence[StoredWeight]) -> None:
+    def put(self, key: str, stored: StoredSite) -> None:
         """Write an entry: it appears whole or not at all.
 
         Raises:
@@ -79,7 +81,7 @@ class Bank:
         """
         tensors = {
             f"{place}.{name}": tensor.contiguous()
-            for place, member in enumerate(stored)
+            for place, member in enumerate(stored.weights)
             for name, tensor in member.tensors.items()
         }
         header = [
@@ -88,10 +90,11 @@ class Bank:
                 "shape": m.shape.to_json(),
                 HASH: tensors_hash(m.tensors),
             }
-            for m in stored
+            for m in stored.weights
         ]
         # one key: safetensors writes several in any order, and equal entries are equal files
-        content = save(tensors, metadata={"members": json.dumps(header)})
+        told = header if stored.kept is None else {"members": header, "kept": stored.kept}
+        content = save(tensors, metadata={"members": json.dumps(told)})
         write_whole(self.path(key), content)
 
     def ensure(self, key: str) -> None:
@@ -107,7 +110,7 @@ class Bank:
         except OSError as error:
             raise NotFetched(f"bank entry {path} cannot be written: {error}") from error
 
-    def get(self, key: str) -> list[StoredWeight]:
+    def get(self, key: str) -> StoredSite:
         """Read an entry, memory-mapped; fetch it before where that is needed and possible.
 
         Raises:
@@ -118,9 +121,11 @@ class Bank:
         self.ensure(key)
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["members"])
+                told = json.loads(file.metadata()["members"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return [_member(place, header[place], tensors) for place in range(len(header))]
+            header, kept = (told["members"], told["kept"]) if "kept" in told else (told, None)
+            weights = [_member(place, header[place], tensors) for place in range(len(header))]
+            return StoredSite(tuple(weights), kept and tuple(map(int, kept)))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
 

@@ -17,32 +17,32 @@ Sums = dict[str, InputStatistics]
 SLICE = 256
 
 
-def _rows(layer_input: Tensor, member: Member) -> Tensor | None:
-    """A layer's input as rows `[n, in]`; a grouped convolution has no single matrix of inputs."""
+def _is_seen(site: Site) -> bool:
+    """Whether what enters it can be watched, and is one matrix of inputs: not in groups."""
+    if site.is_structure or site.written_back:
+        return False
+    conv = site.members[0].shape.conv
+    return conv is None or conv.groups == 1
+
+
+def _rows(layer_input: Tensor, member: Member) -> Tensor:
+    """A layer's input as rows `[n, in]`."""
     conv = member.shape.conv
     if conv is None:
         return layer_input.reshape(-1, layer_input.shape[-1])
-    if conv.groups != 1:
-        return None
     patches = F.unfold(
         layer_input.float(), conv.kernel, conv.dilation, conv.padding, conv.stride
     )  # [batch, in, positions]
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def _accumulate(site: Site, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    member = site.members[0]
+def _accumulate(
+    member: Member, seen: InputStatistics
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     width = member.shape.in_features
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = _rows(args[0], member)
-        if rows is None:
-            return
-        rows = rows.float()
-        if site.name not in sums:
-            zeros = torch.zeros(width, width, dtype=torch.float64)
-            sums[site.name] = InputStatistics(zeros, 0)
-        seen = sums[site.name]
+        rows = _rows(args[0], member).float()
         product = rows.T @ rows
         # Adding float32 to float64 makes a float64 copy: of a slice, it is small.
         for first in range(0, width, SLICE):
@@ -52,24 +52,30 @@ def _accumulate(site: Site, sums: Sums) -> Callable[[nn.Module, tuple[Any, ...]]
     return add
 
 
+def _nothing(inputs: int) -> InputStatistics:
+    return InputStatistics(torch.zeros(inputs, inputs, dtype=torch.float64), 0)
+
+
 @contextmanager
 def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[Sums]:
     """Sum what enters the weight sites among `sites`, in every pass that is made meanwhile.
 
-    What enters a matrix that is written back cannot be seen from outside of its module.
+    What enters a matrix that is written back cannot be seen from outside of its module, and what
+    enters a grouped convolution is no single matrix.
 
-    Gives, for each site that was reached, the float64 sum `[in, in]` of its float32 products.
+    Gives, for each of the others, the float64 sum `[in, in]` of its float32 products: zeros where
+    no token came by.
 
     Raises:
         InvalidInput: at the end, inputs that are not finite.
     """
-    sums: Sums = {}
+    seen = [site for site in sites if _is_seen(site)]
+    sums = {site.name: _nothing(site.members[0].shape.in_features) for site in seen}
     handles = [
         model.get_submodule(site.members[0].module).register_forward_pre_hook(
-            _accumulate(site, sums)
+            _accumulate(site.members[0], sums[site.name])
         )
-        for site in sites
-        if not site.is_structure and not site.written_back
+        for site in seen
     ]
     try:
         yield sums

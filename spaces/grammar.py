@@ -19,10 +19,10 @@ NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
 STEPS = ("c", "s", "r", "w", "o", "residual")
 ORDER = ", ".join(STEPS)
 METHODS: Mapping[str, tuple[str, ...]] = {
-    "c": (),
+    "c": ("magnitude", "wanda", "obs", "chip"),
     "s": ("magnitude", "wanda", "sparsegpt"),
     "r": ("svd", "whitened"),
-    "w": ("rtn", "hqq", "gptq"),
+    "w": ("rtn", "hqq", "gptq", "awq"),
     "o": (),
     "residual": ("svd", "whitened"),
 }
@@ -116,8 +116,25 @@ class Option:
 
     @property
     def is_structure(self) -> bool:
-        """True for `keep`, `drop` and `op:NAME`: they say what runs, not how weights are stored."""
-        return self.name in STRUCTURE_NAMES or self.operation is not None
+        """True for what structure sites and choice blocks have: `keep`, `drop`, `cP%`, op:NAME."""
+        return self.name in STRUCTURE_NAMES or self.operation is not None or self.narrows
+
+    @property
+    def narrows(self) -> bool:
+        """True for `cP%` and what is composed with it: a whole treatment of a sub-block."""
+        return self.keep_percent is not None
+
+    @property
+    def rest(self) -> "Option":
+        """What is left to do with weights that `cP%` has made narrower; `dense` if nothing."""
+        methods = tuple(pair for pair in self.methods if pair[0] != "c")
+        rest = replace(self, keep_percent=None, methods=methods)
+        return rest if rest.steps else Option(name="dense")
+
+    @property
+    def scales_inputs(self) -> bool:
+        """True where each input is multiplied by a stored scale before the weights are."""
+        return ("w", "awq") in self.methods
 
     @property
     def needs_statistics(self) -> bool:
@@ -275,8 +292,8 @@ def unrealized(option: Option) -> str | None:
     """Why this version does not realize `option`, though the grammar has it; None if it does."""
     if option.name == "fp16":
         return "fp16 is not realized yet; realized: f32, bf16"
-    if option.keep_percent is not None:
-        return f"{option}: keeping a share of channels (cP%) is not realized yet"
+    if option.narrows:
+        return unrealized(option.rest)
     if option.rank_percent is not None and len(option.steps) > 1:
         alone = Option(rank_percent=option.rank_percent)
         return f"{option}: rank together with other steps is not realized yet; realized: {alone}"
@@ -287,4 +304,6 @@ def unrealized(option: Option) -> str | None:
         return f"{option}: int8 activations are realized only as w8a8"
     if option.activation_bits is not None and option.bits != 8:
         return f"{option}: int8 activations are realized only with 8-bit weights: w8a8"
+    if option.activation_bits is not None and option.scales_inputs:
+        return f"{option}: scaled inputs at 8 bits are not realized yet; realized: w8a8, w8:awq"
     return None

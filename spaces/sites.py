@@ -1,12 +1,13 @@
 """Sites: the places in a model where one choice is made."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 from apportion.kernels.formats import LayerShape
 
 OutputForm = Literal["tensor", "tuple"]
+Side = Literal["out", "in", "groups", "whole"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,90 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a member of a sub-block becomes narrower when units of it are left out.
+
+    Attributes:
+        member: the weight view `[out, in]`.
+        side: units are its rows ("out"), its columns ("in"), the groups of a grouped convolution
+            ("groups": rows too), or it keeps its shape ("whole").
+        features: neighbouring rows or columns that belong to one unit (a head's features).
+        stacks: how often all units lie there, one after the other (gate and up in one matrix: 2).
+    """
+
+    member: Member
+    side: Side
+    features: int = 1
+    stacks: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "member": asdict(self.member)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        shape = LayerShape.from_json(value["member"]["shape"])
+        return cls(**{**value, "member": Member(**{**value["member"], "shape": shape})})
+
+    def places(self, kept: Sequence[int], units: int) -> list[int]:
+        """Rows (columns where `side` is "in") of the kept units, ascending as the units are.
+
+        Args:
+            kept: numbers of the units that stay.
+            units: how many there are.
+        """
+        width = self.features
+        return [
+            (stack * units + unit) * width + feature
+            for stack in range(self.stacks)
+            for unit in kept
+            for feature in range(width)
+        ]
+
+    def narrowed(self, kept: int) -> LayerShape:
+        """The member's shape with so many units."""
+        shape, count = self.member.shape, kept * self.features * self.stacks
+        if self.side == "whole":
+            return shape
+        if self.side == "in":
+            return replace(shape, in_features=count)
+        if self.side == "groups" and shape.conv is not None:
+            return replace(shape, out_features=count, conv=replace(shape.conv, groups=kept))
+        return replace(shape, out_features=count)
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a sub-block is wide by: units that can be left out without a change of its interface.
+
+    Attributes:
+        unit: "head" (a key-value head and its queries) or "channel".
+        units: how many there are.
+        groups: all weights of the sub-block; those of a group are given the same input and run as
+            one operator.
+        norms: paths of modules between them whose vectors `[units]` follow.
+    """
+
+    unit: Literal["head", "channel"]
+    units: int
+    groups: tuple[tuple[Cut, ...], ...]
+    norms: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        groups = [[cut.to_json() for cut in group] for group in self.groups]
+        return {"unit": self.unit, "units": self.units, "groups": groups, "norms": self.norms}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        groups = tuple(tuple(map(Cut.from_json, group)) for group in value["groups"])
+        return cls(value["unit"], value["units"], groups, tuple(value["norms"]))
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Those of all groups."""
+        return tuple(cut for group in self.groups for cut in group)
+
+
+@dataclass(frozen=True)
 class Site:
     """A node of the tree block > sub-block > weight site, or a choice block.
 
@@ -75,6 +160,7 @@ class Site:
             otherwise (and for all sub-blocks with the sum outside) dropping it returns zeros.
         optional: no site unless a pattern of the study file names it (an untied output head).
         choices: of a choice block the names of its alternatives, the dense model's first.
+        width: what a structure site can be made narrower by (`cP%`), or None.
     """
 
     name: str
@@ -86,11 +172,26 @@ class Site:
     residual_inside: bool = False
     optional: bool = False
     choices: tuple[str, ...] = ()
+    width: Width | None = None
 
     @property
     def is_structure(self) -> bool:
         """Whether an option says what runs (keep or drop, op:NAME), not how weights are stored."""
         return not self.members
+
+    @property
+    def groups(self) -> tuple[tuple[Member, ...], ...]:
+        """Its weights by what they are given: of a weight site one group, of a width its own."""
+        if self.width is not None:
+            return tuple(tuple(cut.member for cut in group) for group in self.width.groups)
+        return (self.members,) if self.members else ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Of each group the name that the statistics of its input have."""
+        if self.width is None:
+            return (self.name,)
+        return tuple(group_name(group) for group in self.groups)
 
     @property
     def written_back(self) -> bool:
@@ -101,3 +202,10 @@ class Site:
     def weights(self) -> int:
         """Number of dense weights of all members (biases are not counted)."""
         return sum(m.shape.out_features * m.shape.in_features for m in self.members)
+
+
+def group_name(members: Sequence[Member]) -> str:
+    """Name of the weight site of layers that share an input: "PARENT.q_proj+k_proj+v_proj"."""
+    holder = members[0].module.rpartition(".")[0]
+    leaves = "+".join(member.module.rpartition(".")[2] for member in members)
+    return f"{holder}.{leaves}" if holder else leaves

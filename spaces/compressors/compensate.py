@@ -12,15 +12,16 @@ update -U_jk / U_jj is b_jk and their 1 / U_jj^2 is the unpredicted mean square.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from apportion.errors import InvalidInput
+from apportion.spaces.compressors.last import Last
 
 DAMPING = 0.01
 BLOCK = 128  # columns whose errors reach the rest in one product (the papers' lazy batch)
+PARTS = 32  # of a moment, of which one at a time is copied
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Regression:
     unpredicted: Tensor
 
 
-# GPTQ goes by activity, SparseGPT does not: the options of one site share two factorizations.
-@lru_cache(maxsize=2)
+# The options of one site follow each other, and those of one method share a factorization.
+@Last
 def regression(second_moment: Tensor, by_activity: bool) -> Regression:
     """Predicts every input from the later ones, in float64: the damped moment is badly conditioned.
+
+    It takes 1.5 times the moment's memory, and a few columns of it, beside the moment.
 
     Treated so that there is always an answer:
     - The diagonal is raised by 1 % of its mean over the live inputs, as GPTQ and SparseGPT do, so a
@@ -60,30 +63,78 @@ def regression(second_moment: Tensor, by_activity: bool) -> Regression:
     Raises:
         InvalidInput: The moment is not finite.
     """
+    moment, live = live_moment(second_moment)
+    order = torch.arange(len(moment))
+    if by_activity:
+        order = moment.diagonal().argsort(descending=True, stable=True)
+    # Cholesky's triangle predicts every input from those before it, so it is given them backwards.
+    backwards = order.flip(0)
+    root = _root_in_place(_reordered(moment, backwards))
+    if root is None:  # indefinite, and overwritten
+        moment, _ = live_moment(second_moment)
+        root = damped_root(_reordered(moment, backwards))
+    deviations = root.diagonal().clone()
+    coefficients = _predictions(root, deviations)
+    return Regression(order, coefficients, deviations.square_().flip(0).float() * live[order])
+
+
+def _reordered(moment: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of `moment` [in, in] in another order, in place."""
+    for rows in moment.chunk(PARTS):
+        rows.copy_(rows[:, order])
+    for columns in moment.chunk(PARTS, dim=1):
+        columns.copy_(columns[order])
+    return moment
+
+
+def _root_in_place(moment: Tensor) -> Tensor | None:
+    """As `damped_root` where it takes one attempt, in the moment's place; else None."""
+    moment.diagonal().add_(DAMPING)
+    failed = torch.empty((), dtype=torch.int32)
+    # Transposed, as LAPACK stores matrices: it is symmetric, and so not copied.
+    root: Tensor = torch.linalg.cholesky_ex(moment.T, out=(moment.T, failed))[0]
+    return None if failed else root
+
+
+def _predictions(root: Tensor, deviations: Tensor) -> Tensor:
+    """Coefficients float32 [in, in] from the inverse of `root`, whose diagonal is `deviations`."""
+    size = len(root)
+    coefficients = torch.empty(size, size)
+    for places in torch.arange(size).chunk(PARTS):
+        start, stop = int(places[0]), int(places[-1]) + 1
+        part = torch.zeros(size, stop - start, dtype=root.dtype)
+        part[start:stop].fill_diagonal_(1)
+        part = torch.linalg.solve_triangular(root, part, upper=False).mul_(-deviations[:, None])
+        coefficients[:, size - stop : size - start] = part.flip(0, 1)
+    return coefficients.triu_(1)
+
+
+def live_moment(second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The moment as a multiple of the live inputs' mean square, and bool [in], which live.
+
+    Symmetric, and zero in the rows and columns of dead inputs (zero on the diagonal). Without a
+    live input all count alike, as if their moment were the identity.
+
+    Args:
+        second_moment: float64 [in, in], the sum of x x^T.
+
+    Raises:
+        InvalidInput: It is not finite.
+    """
     if not second_moment.isfinite().all():
         raise InvalidInput("calibration inputs hold values that are not finite (NaN or infinite)")
-    half = second_moment / 2
-    moment = half + half.T
+    moment = second_moment / 2
+    moment.add_(second_moment.T, alpha=0.5)
     live = moment.diagonal() > 0
     if not live.any():
         live, moment = ~live, torch.eye(len(moment), dtype=torch.float64)
     moment /= moment.diagonal()[live].mean()
     moment[~live] = 0
     moment[:, ~live] = 0
-    order = torch.arange(len(moment))
-    if by_activity:
-        order = moment.diagonal().argsort(descending=True, stable=True)
-    # Cholesky's triangle predicts every input from those before it, so it is given them backwards.
-    backwards = order.flip(0)
-    root = _damped_root(moment[backwards[:, None], backwards])
-    deviations = root.diagonal().clone()
-    identity = torch.eye(len(root), dtype=torch.float64)
-    residual = torch.linalg.solve_triangular(root, identity, upper=False)
-    coefficients = residual.mul_(-deviations[:, None]).float().flip(0, 1).triu_(1)
-    return Regression(order, coefficients, deviations.square_().flip(0).float() * live[order])
+    return moment, live
 
 
-def _damped_root(moment: Tensor) -> Tensor:
+def damped_root(moment: Tensor) -> Tensor:
     """Lower triangular L [in, in] with L L^T = `moment`, whose diagonal it raises in place."""
     root: Tensor
     damping = DAMPING

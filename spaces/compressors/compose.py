@@ -9,15 +9,18 @@ from torch import Tensor
 from apportion.errors import InvalidInput
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.kernels.reference import reference_weight
+from apportion.spaces.compressors.compensate import regression
 from apportion.spaces.compressors.encode import encode
-from apportion.spaces.compressors.factorize import low_rank
+from apportion.spaces.compressors.factorize import forget_root, low_rank
 from apportion.spaces.compressors.ranks import positions_of, ranks_of
 from apportion.spaces.compressors.refusals import (
     group_refusal,
+    method_refusal,
     outlier_refusal,
     pattern_refusal,
     rank_refusal,
     residual_refusal,
+    scaling_refusal,
 )
 from apportion.spaces.compressors.residual import residual_pair
 from apportion.spaces.compressors.sparsegpt import sparsegpt
@@ -31,8 +34,8 @@ from apportion.spaces.compressors.tucker import tucker2
 from apportion.spaces.grammar import WITHOUT_STATISTICS, Option, unrealized
 
 NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DEFAULTS = {"s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}
-FALLBACKS = {"s": "magnitude", "r": "svd", "w": "rtn", "residual": "svd"}
+DEFAULTS = {"c": "obs", "s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}
+FALLBACKS = {"c": "magnitude", "s": "magnitude", "r": "svd", "w": "rtn", "residual": "svd"}
 RANK_MULTIPLE = 8
 
 
@@ -52,8 +55,8 @@ class InputStatistics:
 def effective_methods(option: Option, has_statistics: bool) -> dict[str, str]:
     """The method of every step that has methods: the one asked for, else the default.
 
-    Defaults: s wanda, r and residual whitened, w rtn. Where a layer has no statistics (an unfolded
-    convolution may have none) the defaults are s magnitude, r and residual svd, w rtn.
+    Defaults: c obs, s wanda, r and residual whitened, w rtn. Where a layer has no statistics (an
+    unfolded convolution may have none) they are c and s magnitude, r and residual svd, w rtn.
 
     Raises:
         InvalidInput: A method that needs statistics was asked for and there are none.
@@ -81,6 +84,8 @@ def refusal(option: Option, shape: LayerShape, rank_multiple: int = RANK_MULTIPL
         or outlier_refusal(option, shape)
         or rank_refusal(option, shape, rank_multiple)
         or residual_refusal(option, shape)
+        or method_refusal(option, shape)
+        or scaling_refusal(option, shape)
     )
 
 
@@ -117,6 +122,7 @@ def format_of(
         input_rank=input_rank,
         residual_rank=option.residual_rank,
         outliers=outliers,
+        input_scaled=option.scales_inputs,
     )
 
 
@@ -139,7 +145,8 @@ def realize(
         rank_multiple: Ranks of rP% are multiples of it.
 
     Raises:
-        InvalidInput: The option is refused, or weight or statistics are not finite.
+        InvalidInput: The option is refused, or weight, statistics or what would be stored are not
+            finite.
     """
     format = format_of(option, shape, model_dtype, rank_multiple)
     _check(weight, shape, statistics)
@@ -148,16 +155,25 @@ def realize(
     moment = None if statistics is None else statistics.second_moment
     if format.rank is not None:
         whitening = moment if methods["r"] == "whitened" else None
-        return StoredWeight(format, shape, _factors(weight, shape, format, format.rank, whitening))
+        tensors = _factors(weight, shape, format, format.rank, whitening)
+        return _finite(StoredWeight(format, shape, tensors), option)
     left, kept = _sparsified(weight, option, methods, moment)
     plain = replace(format, residual_rank=None)
-    stored = StoredWeight(plain, shape, encode(left, plain, kept, moment, methods.get("w")))
+    tensors = encode(left, plain, kept, moment, methods.get("w"))
+    stored = _finite(StoredWeight(plain, shape, tensors), option)
     if format.residual_rank is None:
         return stored
     whitening = moment if methods["residual"] == "whitened" else None
     repair = residual_pair(weight, reference_weight(stored), format.residual_rank, whitening)
     names = ("residual_left", "residual_right")
-    return StoredWeight(format, shape, stored.tensors | _named(names, repair, torch.bfloat16))
+    tensors = stored.tensors | _named(names, repair, torch.bfloat16)
+    return _finite(StoredWeight(format, shape, tensors), option)
+
+
+def forget_factorizations() -> None:
+    """Give up what is kept for further options of the last layer: as large as its statistics."""
+    regression.forget()
+    forget_root()
 
 
 def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None) -> None:
@@ -173,6 +189,16 @@ def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None
         raise InvalidInput(f"statistics are {sizes}, the layer has {expected[1]} inputs")
     if not statistics.second_moment.isfinite().all():
         raise InvalidInput("calibration inputs hold values that are not finite (NaN or infinite)")
+
+
+def _finite(stored: StoredWeight, option: Option) -> StoredWeight:
+    for name, tensor in stored.tensors.items():
+        if not tensor.isfinite().all():
+            raise InvalidInput(
+                f'option "{option}": {name} would hold values beyond the range of '
+                f"{str(tensor.dtype).removeprefix('torch.')}: the weights are too large for it"
+            )
+    return stored
 
 
 def _sparsified(

@@ -5,6 +5,7 @@ from torch import Tensor
 from apportion.kernels.formats import Format
 from apportion.kernels.packing import pack_codes, pack_mask
 from apportion.kernels.positions import pack_positions
+from apportion.spaces.compressors.awq import awq
 from apportion.spaces.compressors.gptq import gptq
 from apportion.spaces.compressors.hqq import hqq
 from apportion.spaces.compressors.outliers import largest, sensitive
@@ -25,7 +26,8 @@ def encode(
         format: Without rank and residual.
         kept: bool [out, in]; weights that are False are removed. None where nothing is sparse.
         moment: float64 [in, in], the sum of x x^T; None: nothing is known of the inputs.
-        method: Of the step w: rtn, hqq, or gptq, which needs the moment. None without that step.
+        method: Of the step w: rtn, hqq, or gptq or awq, which need the moment. None without that
+            step.
     """
     mask = {} if kept is None else {"mask": pack_mask(kept.flatten())}
     if format.bits is None:
@@ -40,9 +42,12 @@ def encode(
         rounded = ~chosen if kept is None else kept & ~chosen
     quantized = _quantized(rest, format, format.bits, rounded, moment, method)
     codes = quantized.codes.flatten() if kept is None else quantized.codes[kept]
-    zero = {} if quantized.zero is None else {"zero": quantized.zero}
     stored = {"codes": pack_codes(codes, format.bits), "scale": quantized.scale}
-    return mask | stored | zero | outliers
+    if quantized.zero is not None:
+        stored["zero"] = quantized.zero
+    if quantized.input_scale is not None:
+        stored["input_scale"] = quantized.input_scale
+    return mask | stored | outliers
 
 
 def _outliers(
@@ -86,5 +91,7 @@ def _quantized(
         return hqq(weight, bits, format.group, kept)
     if method == "gptq" and moment is not None:
         return gptq(weight, bits, format.group, format.symmetric, moment, kept)
+    if method == "awq" and moment is not None:
+        return awq(weight, bits, format.group, format.symmetric, moment, kept)
     importance = None if moment is None else moment.diagonal()
     return quantize(weight, bits, format.group, format.symmetric, kept, importance)

@@ -1,10 +1,11 @@
 """Low-rank pairs: the best rank-k stand-in for a matrix, for its own sake or for its inputs."""
 
 from decimal import Decimal
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from apportion.spaces.compressors.last import Last
 
 DAMPING = 1e-6
 
@@ -31,21 +32,52 @@ def low_rank(weight: Tensor, rank: int, second_moment: Tensor | None) -> tuple[T
         rank: At most min(out, in).
         second_moment: float64 [in, in], the sum of x x^T, or None.
     """
+    out, inputs = weight.shape
+    leading = _of_outputs if out <= inputs else _of_inputs
+    left = leading(weight, rank, second_moment)
+    return left, left.T @ weight.double()
+
+
+def _of_outputs(weight: Tensor, rank: int, second_moment: Tensor | None) -> Tensor:
+    """Leading left singular vectors [out, rank] of weight @ S: eigenvectors of W (S S^T) W^T.
+
+    They need no root of the second moment, which has more inputs than the outputs are here.
+    """
     exact = weight.double()
-    leading = torch.linalg.svd(exact @ root_of(second_moment, weight.shape[1]), full_matrices=False)
-    left = leading.U[:, :rank]
-    return left, left.T @ exact
+    taken = exact
+    if second_moment is not None and (mean := second_moment.diagonal().mean()) > 0:
+        taken = (exact @ second_moment).div_(mean).add_(exact, alpha=DAMPING)
+    gram = taken @ exact.T
+    vectors = torch.linalg.eigh(gram.add_(gram.T.clone()))[1]
+    return vectors[:, len(gram) - rank :].flip(1)
+
+
+def _of_inputs(weight: Tensor, rank: int, second_moment: Tensor | None) -> Tensor:
+    """Leading left singular vectors [out, rank] of weight @ S, by way of the right ones."""
+    product = weight.double() @ root_of(second_moment, weight.shape[1])
+    vectors = torch.linalg.eigh(product.T @ product)[1]
+    return torch.linalg.qr(product @ vectors[:, len(vectors) - rank :].flip(1))[0]
 
 
 # The options of one site follow each other, and all take the root of the same moment.
-@lru_cache(maxsize=1)
+@Last
+def _damped_root(second_moment: Tensor, damping: float) -> Tensor:
+    """S [in, in] with S S^T the second moment, its diagonal raised by a share of its mean."""
+    moment = (second_moment + second_moment.T).div_(2)
+    moment.div_(moment.diagonal().mean())
+    values = torch.empty(len(moment), dtype=moment.dtype)
+    # Transposed, as LAPACK stores matrices: it is symmetric, and its vectors take its place.
+    root: Tensor = torch.linalg.eigh(moment.T, out=(values, moment.T))[1]
+    return root.mul_(values.clamp(min=0.0).add_(damping).sqrt())
+
+
 def root_of(second_moment: Tensor | None, inputs: int) -> Tensor:
     """S [in, in] with S S^T the damped second moment; the identity where there is nothing."""
-    identity = torch.eye(inputs, dtype=torch.float64)
     if second_moment is None or not second_moment.diagonal().mean() > 0:
-        return identity
-    symmetric = (second_moment + second_moment.T) / 2
-    scaled = symmetric / symmetric.diagonal().mean()
-    eigenvalues, eigenvectors = torch.linalg.eigh(scaled)
-    root: Tensor = eigenvectors * (eigenvalues.clamp(min=0.0) + DAMPING).sqrt()
-    return root
+        return torch.eye(inputs, dtype=torch.float64)
+    return _damped_root(second_moment, DAMPING)
+
+
+def forget_root() -> None:
+    """Give up the last moment's root."""
+    _damped_root.forget()

@@ -41,13 +41,13 @@ def hqq(
     out, inputs = weight.shape
     size = group or inputs
     says = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept
-    rows = max(1, BLOCK_WEIGHTS // size)
+    rows = max(1, BLOCK_WEIGHTS // 2 // size)  # of float64, twice as long
     pairs = zip(
-        torch.split(weight.double().reshape(-1, size), rows),
+        torch.split(weight.reshape(-1, size), rows),
         torch.split(says.reshape(-1, size), rows),
         strict=True,
     )
-    blocks = [_fit(x, here, bits) for x, here in pairs]
+    blocks = [_fit(x.double(), here, bits) for x, here in pairs]
     codes, scale, zero = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return Quantized(
         codes.reshape(out, inputs),

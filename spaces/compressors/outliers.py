@@ -7,8 +7,7 @@ own errors and by the range that they force on their group. Kept apart, they hav
 import torch
 from torch import Tensor
 
-from apportion.kernels.codes import middle
-from apportion.spaces.compressors.quantize import Quantized, quantize, relative_importance
+from apportion.spaces.compressors.quantize import quantize, relative_importance
 
 
 def largest(cost: Tensor, count: int, kept: Tensor | None = None) -> Tensor:
@@ -58,16 +57,6 @@ def sensitive(
     far = largest(weight.abs(), count, kept)
     rest = ~far if kept is None else kept & ~far
     fitted = quantize(weight, bits, group, symmetric, rest, importance)
-    error = weight - _values(fitted, bits)
-    says = relative_importance(importance, weight.shape[1]).double()
-    return largest(error.double().square() * says, count, kept)
-
-
-def _values(quantized: Quantized, bits: float) -> Tensor:
-    """What codes stand for, float32 [out, in]."""
-    size = quantized.codes.shape[1] // quantized.scale.shape[1]
-    values = quantized.codes.float() - middle(bits)
-    values *= quantized.scale.float().repeat_interleave(size, 1)
-    if quantized.zero is not None:
-        values += quantized.zero.float().repeat_interleave(size, 1)
-    return values
+    cost = (weight - fitted.values(bits)).double().square_()
+    cost *= relative_importance(importance, weight.shape[1]).double()
+    return largest(cost, count, kept)

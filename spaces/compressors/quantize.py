@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apportion.kernels.codes import TERNARY_BITS
+from apportion.kernels.codes import TERNARY_BITS, middle
 
 SHRINKS = tuple(1 - 0.12 * step for step in range(6))
 STARTS = 3
@@ -27,11 +27,24 @@ BLOCK_WEIGHTS = 1 << 16  # working tensors of one block stay in a core's cache
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes uint8 [out, in], scale and zero bfloat16 [out, groups]; no zero when symmetric."""
+    """Codes uint8 [out, in], scale and zero bfloat16 [out, groups]; no zero when symmetric.
+
+    `input_scale` bfloat16 [in]: what the inputs, and so the values of codes, are multiplied by.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    input_scale: Tensor | None = None
+
+    def values(self, bits: float) -> Tensor:
+        """What the codes stand for, float32 [out, in]."""
+        size = self.codes.shape[1] // self.scale.shape[1]
+        values = self.codes.float() - middle(bits)
+        values *= self.scale.float().repeat_interleave(size, 1)
+        if self.zero is not None:
+            values += self.zero.float().repeat_interleave(size, 1)
+        return values if self.input_scale is None else values.mul_(self.input_scale.float())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,33 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from apportion.kernels.formats import LayerShape
 from apportion.spaces.compressors.ranks import least_percent, ranks_of
 from apportion.spaces.compressors.sparsify import removed_count
-from apportion.spaces.grammar import ALWAYS_SYMMETRIC, Option
+from apportion.spaces.grammar import ALWAYS_SYMMETRIC, WITHOUT_STATISTICS, Option
+
+
+def method_refusal(option: Option, shape: LayerShape) -> str | None:
+    """The reason where a method needs statistics of the inputs, and they are no single matrix."""
+    if shape.conv is None or shape.conv.groups == 1:
+        return None
+    for step, method in option.methods:
+        if method not in WITHOUT_STATISTICS and (step, method) != ("w", "rtn"):
+            methods = tuple(pair for pair in option.methods if pair[0] != step)
+            return (
+                f"{method} needs statistics of the inputs, and grouped convolutions have none;"
+                f" nearest: {replace(option, methods=methods)}"
+            )
+    return None
+
+
+def scaling_refusal(option: Option, shape: LayerShape) -> str | None:
+    """The reason where the layer meets an input with several weights of a kernel, not with one."""
+    if not option.scales_inputs or shape.conv is None or shape.conv.kernel == (1, 1):
+        return None
+    rows, columns = shape.conv.kernel
+    methods = tuple(pair for pair in option.methods if pair[0] != "w")
+    return (
+        f"awq is realized for kernels of 1 x 1, not {rows} x {columns};"
+        f" nearest: {replace(option, methods=methods)}"
+    )
 
 
 def group_refusal(option: Option, shape: LayerShape) -> str | None:

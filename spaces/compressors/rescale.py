@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apportion.kernels.codes import middle
-from apportion.spaces.compressors.compensate import DAMPING
+from apportion.spaces.compressors.compensate import DAMPING, PARTS
 from apportion.spaces.compressors.quantize import Quantized
 
 DEPENDENT = 1e-6  # share of a group's squared codes below which they count as all alike
@@ -35,29 +35,35 @@ def rescale(
     unit = diagonal[diagonal > 0].mean()
     if not unit > 0:
         return quantized
-    moment = (second_moment / unit).float()
-    moment.diagonal().add_(DAMPING)
     ones = torch.ones_like(weight) if kept is None else kept.float()
-    codes = (quantized.codes.float() - middle(bits)) * ones
+    codes = quantized.codes.float().sub_(middle(bits)).mul_(ones)
     ones = torch.zeros_like(weight) if quantized.zero is None else ones
     scale = quantized.scale.float()
     zero = torch.zeros_like(scale) if quantized.zero is None else quantized.zero.float()
     groups, size = scale.shape[1], weight.shape[1] // scale.shape[1]
-    lost = (
-        weight - codes * scale.repeat_interleave(size, 1) - ones * zero.repeat_interleave(size, 1)
-    )
+    lost = scale.repeat_interleave(size, 1).mul_(codes)
+    torch.sub(weight, lost, out=lost)
+    lost -= zero.repeat_interleave(size, 1).mul_(ones)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
         c, one = codes[:, part], ones[:, part]
-        more, up = _step(
-            lost @ moment[:, part], c, one, moment[part, part], scale[:, g], zero[:, g]
-        )
-        lost[:, part] -= c * more[:, None] + one * up[:, None]
+        moment = _multiple(second_moment[:, part], unit)
+        moment[part].diagonal().add_(DAMPING)
+        more, up = _step(lost @ moment, c, one, moment[part], scale[:, g], zero[:, g])
+        lost[:, part] -= (c * more[:, None]).add_(one * up[:, None])
         scale[:, g] += more
         zero[:, g] += up
     return Quantized(
         quantized.codes, scale.bfloat16(), None if quantized.zero is None else zero.bfloat16()
     )
+
+
+def _multiple(moment: Tensor, unit: Tensor) -> Tensor:
+    """float32 [in, size]: columns of the moment in units, without another float64 copy of them."""
+    multiple = torch.empty(moment.shape)
+    for rows, of in zip(multiple.chunk(PARTS), moment.chunk(PARTS), strict=True):
+        rows.copy_(of / unit)
+    return multiple
 
 
 def _step(
@@ -66,7 +72,7 @@ def _step(
     """Changes of scale and zero [out], to bfloat16 values; none where they would not help.
 
     Args:
-        pull: [out, size], the outputs' loss times the group's inputs.
+        pull: [out, size], the outputs' loss times the group's inputs; overwritten.
         codes: [out, size], what the scale multiplies.
         ones: [out, size], what the zero multiplies; all 0 where there is no zero.
         moment: [size, size], of the group's inputs.
@@ -74,9 +80,9 @@ def _step(
         zero: [out]
     """
     toward = codes @ moment
-    cc, cross = (toward * codes).sum(1), (toward * ones).sum(1)
-    oo = ((ones @ moment) * ones).sum(1)
-    pull_c, pull_o = (pull * codes).sum(1), (pull * ones).sum(1)
+    cc, cross = (toward * codes).sum(1), toward.mul_(ones).sum(1)
+    oo = torch.mm(ones, moment, out=toward).mul_(ones).sum(1)
+    pull_c, pull_o = (pull * codes).sum(1), pull.mul_(ones).sum(1)
     per_one = torch.where(oo > 0, 1 / oo, 0)
     spread = cc - cross.square() * per_one
     best = (pull_c - pull_o * cross * per_one) / spread

@@ -19,7 +19,8 @@ def residual_pair(
         rank: At most min(out, in).
         second_moment: float64 [in, in] whose norm weighs the error, or None: all inputs alike.
     """
-    left, right = low_rank(weight.double() - stored.double(), rank, second_moment)
+    lost = weight.to(torch.float64, copy=True).sub_(stored)
+    left, right = low_rank(lost, rank, second_moment)
     share = right.norm(dim=1).sqrt()
     safe = torch.where(share > 0, share, 1)
     return (left * safe).bfloat16(), (right / safe[:, None]).bfloat16()

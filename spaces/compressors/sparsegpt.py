@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion.errors import InvalidInput
 from apportion.spaces.compressors.compensate import BLOCK, compensate, regression
-from apportion.spaces.compressors.sparsify import removed_count
+from apportion.spaces.compressors.sparsify import dead_first, removed_count
 
 
 def sparsegpt(
@@ -24,8 +24,9 @@ def sparsegpt(
         weight: float32 [out, in], finite.
         sparsity: The percentage of weights removed, with the count of `removed_count` in total and
             up to any multiple of 128 inputs; or (n, m): n of every m consecutive inputs are kept.
-        second_moment: float64 [in, in], finite, the sum of x x^T. Dead inputs go first; a singular
-            moment is treated as `regression` says.
+        second_moment: float64 [in, in], finite, the sum of x x^T. Dead inputs go first, the
+            smallest of their weights before the others; a singular moment is treated as
+            `regression` says.
 
     Raises:
         InvalidInput: m does not divide the inputs.
@@ -39,7 +40,8 @@ def sparsegpt(
     kept = torch.empty(columns.shape, dtype=torch.bool)
 
     def choose(start: int, stop: int) -> Tensor:
-        scores = columns[start:stop].square() * prediction.unpredicted[start:stop, None]
+        left, sizes = prediction.unpredicted[start:stop, None], columns[start:stop].abs()
+        scores = dead_first(sizes.square() * left, sizes, left == 0)
         if isinstance(sparsity, tuple):
             return _keep_largest(scores, sparsity[1] - sparsity[0])
         removed = removed_count(sparsity, out * stop) - removed_count(sparsity, out * start)

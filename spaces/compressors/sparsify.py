@@ -32,7 +32,8 @@ def keep_wanda(weight: Tensor, percent: Decimal, second_moment: Tensor) -> Tenso
     """bool [out, in], False where |w| * ||x|| is among the smallest of its output row.
 
     Wanda (Sun and others, 2023). Where the number of removed weights is not a multiple of the
-    rows, those rows lose one weight more for which it scores least.
+    rows, those rows lose one weight more for which it scores least. Weights of dead inputs (zero on
+    the diagonal) go first, the smallest of them before the others.
 
     Args:
         weight: [out, in].
@@ -40,7 +41,7 @@ def keep_wanda(weight: Tensor, percent: Decimal, second_moment: Tensor) -> Tenso
         second_moment: [in, in], the sum of x x^T; its diagonal holds the squared norms ||x||^2.
     """
     rows, inputs = weight.shape
-    scores = weight.abs().double() * second_moment.diagonal().clamp_min(0).sqrt()
+    scores = _wanda_scores(weight, second_moment)
     each, more = divmod(removed_count(percent, weight.numel()), rows)
     scores, order = scores.sort(dim=1, stable=True)
     removed = torch.arange(inputs).expand(rows, inputs) < each
@@ -64,9 +65,28 @@ def keep_pattern(
         second_moment: [in, in], the sum of x x^T, for Wanda's score; None: magnitude.
     """
     n, m = pattern
-    scores = weight.abs().double()
-    if second_moment is not None:
-        scores = scores * second_moment.diagonal().clamp_min(0).sqrt()
+    if second_moment is None:
+        scores = weight.abs().double()
+    else:
+        scores = _wanda_scores(weight, second_moment)
     order = scores.reshape(-1, m).argsort(dim=1, stable=True)
     kept = torch.ones(order.shape, dtype=torch.bool).scatter(1, order[:, : m - n], False)
     return kept.reshape(weight.shape)
+
+
+def _wanda_scores(weight: Tensor, second_moment: Tensor) -> Tensor:
+    """|w| * ||x||, float64 [out, in]; of dead inputs below all others."""
+    sizes = weight.abs().double()
+    norms = second_moment.diagonal().clamp_min(0).sqrt()
+    return dead_first(sizes * norms, sizes, norms == 0)
+
+
+def dead_first(scores: Tensor, sizes: Tensor, dead: Tensor) -> Tensor:
+    """`scores`, but of the dead inputs' weights below all others, in the order of their sizes.
+
+    Args:
+        scores: Of weights, not negative; the least important have the least.
+        sizes: |w|.
+        dead: bool, whether the calibration inputs of a weight were all zero.
+    """
+    return torch.where(dead, sizes - 2 * sizes.max(), scores)

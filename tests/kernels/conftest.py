@@ -15,6 +15,8 @@ Store = Callable[..., StoredWeight]
 def _random(name: str, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
     if dtype == torch.uint8:
         return torch.randint(0, 256, size, dtype=torch.uint8)
+    if name == "input_scale":
+        return (torch.rand(size) + 0.5).to(dtype)
     values = torch.rand(size) * 0.01 + 0.001 if name == "scale" else torch.randn(size) * 0.1
     return values.to(dtype)
 

@@ -35,7 +35,8 @@ def formats(draw: st.DrawFn) -> Format:
     group = draw(st.sampled_from([None, 2, 16, 64]))
     symmetric = bits == TERNARY_BITS or draw(st.booleans())
     outliers = None if bits == 8 else draw(st.none() | st.integers(1, 99))
-    return Format(dtype, bits, group, symmetric, **common, outliers=outliers)
+    common |= {"outliers": outliers, "input_scaled": draw(st.booleans())}
+    return Format(dtype, bits, group, symmetric, **common)
 
 
 @given(formats(), st.integers(0, 5))
@@ -59,6 +60,7 @@ def test_stored_bytes_are_the_bytes_of_the_tensors(format: Format, seed: int) ->
         (Format("float32", 1.58, symmetric=True, sparse=True), 1001, 384 + 201 + 48 * 2),
         (Format("float32", 3, 32, outliers=31), None, 1152 + 384 + 31 * 3 + 6),
         (Format("float32", 2, 64, sparse=True, outliers=100), 1001, 384 + 251 + 192 + 300 + 14),
+        (Format("float32", 4, 16, input_scaled=True), None, 48 * 64 // 2 + 48 * 16 + 64 * 2),
         (Format("float32", rank=10), None, 112 * 10 * 4),
         (Format("float32", 2, 64, residual_rank=3), None, 768 + 192 + 112 * 3 * 2),
     ],
@@ -121,6 +123,9 @@ def test_unknown_field_is_refused() -> None:
         {"outliers": 5},
         {"bits": 8, "symmetric": True, "outliers": 5},
         {"bits": 4, "outliers": 0},
+        {"input_scaled": True},
+        {"rank": 8, "input_scaled": True},
+        {"bits": 8, "symmetric": True, "activation_bits": 8, "input_scaled": True},
     ],
 )
 def test_contradictions_are_refused(parts: dict[str, Any]) -> None:

@@ -33,6 +33,12 @@ FORMATS = {
     "w4g32+r4": Format("float32", 4, 32, residual_rank=4),
     "w3g32+o": Format("float32", 3, 32, outliers=40),
     "s60%+w4g32+o+r4": Format("float32", 4, 32, sparse=True, outliers=9, residual_rank=4),
+    "w4g32:awq": Format("float32", 4, 32, input_scaled=True),
+    "w4g64:awq of bf16": Format("bfloat16", 4, 64, input_scaled=True),
+    "w8:awq": Format("float32", 8, symmetric=True, input_scaled=True),
+    "s60%+w3:awq+o+r4": Format(
+        "float32", 3, sparse=True, outliers=9, residual_rank=4, input_scaled=True
+    ),
     "r": Format("float32", rank=24),
     "r of bf16": Format("bfloat16", rank=24),
     "r of fp16": Format("float16", rank=24),
@@ -219,9 +225,9 @@ def test_activations_that_are_not_finite_are_not_hidden(store: Any) -> None:
         assert not y[0].isfinite().any() and y[1].isfinite().all()
 
 
-@pytest.mark.parametrize("label", ["w4g32", "w8"])
+@pytest.mark.parametrize("label", ["w4g32", "w8", "w4g32:awq", "w8:awq"])
 def test_integers_stay_packed(label: str, store: Any) -> None:
-    name = {"w4g32": "int4pack.bf16", "w8": "int8pack.bf16"}[label]
+    name = "int4pack.bf16" if label.startswith("w4") else "int8pack.bf16"
     operator, _ = group(name, FORMATS[label], LINEAR, store)
     dense, _ = group("linear.bf16", FORMATS[label], LINEAR, store)
     assert resident_bytes(operator) < resident_bytes(dense)

@@ -79,6 +79,32 @@ def test_outliers_stand_in_place_of_their_codes_and_before_the_residual() -> Non
     assert reference_weight(stored).tolist() == [[-2.0, 7.0, 0.0, 1.0], [-8.0, 1.0, 0.5, 0.0]]
 
 
+def test_codes_are_multiplied_by_the_scale_of_their_input_and_nothing_else_is() -> None:
+    tensors = {
+        "codes": pack_codes(tensor([0, 1, 2, 3, 3, 2, 1, 0], torch.uint8), 2),
+        "scale": tensor([[1.0], [0.5]]),
+        "zero": tensor([[0.0], [1.0]]),
+        "input_scale": tensor([2.0, 3.0, 4.0, -1.0]),
+        "outlier_values": tensor([7.0]),
+        "residual_left": tensor([[0.0], [1.0]]),
+        "residual_right": tensor([[1.0, 0.0, 0.0, 0.0]]),
+    }
+    places, counts = pack_positions(tensor([1], torch.int64), 8)
+    tensors |= {"outlier_places": places, "outlier_counts": counts}
+    format = Format("float32", 2, residual_rank=1, outliers=1, input_scaled=True)
+    stored = StoredWeight(format, LayerShape(2, 4), tensors)
+    assert reference_weight(stored).tolist() == [[-4.0, 7.0, 0.0, -1.0], [4.0, 3.0, 2.0, 0.0]]
+
+
+def test_scaled_inputs_are_multiplied_before_they_meet_the_codes(store: Any) -> None:
+    stored = store(Format("float32", 4, 16, input_scaled=True), LayerShape(8, 64))
+    plain = dict(stored.tensors)
+    rate = plain.pop("input_scale").double()
+    codes = reference_weight(StoredWeight(Format("float32", 4, 16), stored.shape, plain)).double()
+    x = torch.randn(5, 64).double()
+    torch.testing.assert_close(x @ reference_weight(stored).T.double(), (x * rate) @ codes.T)
+
+
 def test_residual_is_added() -> None:
     tensors = {
         "weight": torch.ones(2, 2),

@@ -12,6 +12,8 @@ from apportion.kernels.registry import IMPLEMENTATIONS, implementation, refusals
 W4 = Format("float32", 4, 64)
 W8 = Format("float32", 8, symmetric=True)
 W8A8 = Format("float32", 8, symmetric=True, activation_bits=8)
+SCALED_W4 = Format("float32", 4, 64, input_scaled=True)
+SCALED_W8 = Format("float32", 8, symmetric=True, input_scaled=True)
 LAYER = LayerShape(32, 128)
 CONV = LayerShape(32, 18, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1)))
 
@@ -28,6 +30,7 @@ def names(format: Format, shape: LayerShape = LAYER) -> list[str]:
         (Format("float16"), ["linear.fp16"]),
         (W4, ["linear.f32", "linear.bf16", "int4pack.bf16"]),
         (Format("bfloat16", 4, 64), ["linear.bf16", "int4pack.bf16"]),
+        (SCALED_W4, ["linear.f32", "linear.bf16", "int4pack.bf16"]),
         (Format("float32", 4), ["linear.f32", "linear.bf16"]),
         (Format("float32", 4, 64, symmetric=True), ["linear.f32", "linear.bf16"]),
         (Format("float32", 4, 64, sparse=True), ["linear.f32", "linear.bf16"]),
@@ -39,6 +42,7 @@ def names(format: Format, shape: LayerShape = LAYER) -> list[str]:
         (Format("bfloat16", 1.58, symmetric=True), ["linear.bf16"]),
         (W8, ["linear.f32", "linear.bf16", "int8pack.bf16"]),
         (Format("float32", 8, 64, symmetric=True), ["linear.f32", "linear.bf16"]),
+        (SCALED_W8, ["linear.f32", "linear.bf16", "int8pack.bf16"]),
         (W8A8, ["int8.onednn"]),
         (Format("float32", sparse=True), ["linear.f32"]),
         (Format("float32", rank=8), ["linear.f32", "low_rank.f32"]),
@@ -78,6 +82,12 @@ def test_int4_needs_its_rows_in_the_whole_group() -> None:
     small = LayerShape(8, 128)
     assert "int4pack.bf16" in refusals(W4, [small], "cpu")
     assert "int4pack.bf16" not in refusals(W4, [small, small], "cpu")
+
+
+def test_int4_needs_its_rows_in_each_member_that_scales_its_inputs() -> None:
+    small, large = LayerShape(8, 128), LayerShape(16, 128)
+    assert "16 outputs, not 8" in refusals(SCALED_W4, [large, small, small], "cpu")["int4pack.bf16"]
+    assert "int4pack.bf16" not in refusals(SCALED_W4, [large, large], "cpu")
 
 
 def test_int8_sums_need_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from apportion.errors import InvalidInput
 from apportion.spaces.batches import frozen
 from apportion.spaces.calibration import collect
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import Entry, build_space
+from apportion.spaces.entries import Entry, build_space
 
 
 def watched(model, batches, pattern="*"):

@@ -87,6 +87,7 @@ def test_parse_of_any_text_prints_it_back_or_is_refused(text):
         ("w1.58", Option(bits=1.58, symmetric=True)),
         ("w1.58g64+r8", Option(bits=1.58, group=64, symmetric=True, residual_rank=8)),
         ("w4g64:hqq", Option(bits=4, group=64, methods=(("w", "hqq"),))),
+        ("w4g64s:awq", Option(bits=4, group=64, symmetric=True, methods=(("w", "awq"),))),
         (
             "w3g16+o0.5%+r8",
             Option(bits=3, group=16, outlier_percent=Decimal("0.5"), residual_rank=8),
@@ -147,9 +148,10 @@ def test_parse_of_wrong_text_says_what_is_right(text, told):
 
 REALIZED = """dense f32 bf16 keep drop w2 w3g64 w4g32s w8 w8g64 w8a8 s50% s50%:magnitude r50%:svd
 r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s w1.58 w1.58g64
-s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8 op:conv
-w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8"""
-UNREALIZED = "fp16 c75% c75%+w4 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
+s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8 op:conv c75% c75%:wanda+w4
+c50%+r25% w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8 w4g64:awq w8:awq
+s50%+w1.58:awq+o1%+r8 c75%+w3:awq"""
+UNREALIZED = "fp16 c75%+w7 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
 
 
 @pytest.mark.parametrize("text", REALIZED.split())
@@ -158,7 +160,9 @@ def test_unrealized_says_nothing_of_realized_options(text):
 
 
 @pytest.mark.parametrize(
-    "text", [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16", "w1.58a8", "w4a8+o1%", "r50%+w4+o1%"]
+    "text",
+    [*UNREALIZED.split(), "s50%+w8a8", "w8a8+r16", "w1.58a8", "w4a8+o1%", "r50%+w4+o1%"]
+    + ["w8a8:awq"],
 )
 def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     assert "realized" in (unrealized(parse_option(text)) or "")
@@ -169,7 +173,8 @@ def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     [("dense", False), ("bf16", False), ("s50%:magnitude", False), ("r50%:svd", False)]
     + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)]
     + [("w4+o1%", True), ("w4:hqq+o1%", False), ("s50%:magnitude+w4:hqq+o1%+r4:svd", False)]
-    + [("w4:hqq", False), ("s50%+w4:hqq", True), ("2:4:magnitude", False), ("2:4", True)],
+    + [("w4:hqq", False), ("s50%+w4:hqq", True), ("2:4:magnitude", False), ("2:4", True)]
+    + [("w4:awq", True)],
 )
 def test_needs_statistics_where_they_change_the_weights(text, needs):
     assert parse_option(text).needs_statistics is needs

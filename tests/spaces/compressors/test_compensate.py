@@ -110,12 +110,23 @@ def test_compensate_loses_what_the_regression_leaves_unpredicted(seed, block):
     torch.testing.assert_close(unpredicted.double(), output_error, rtol=1e-4, atol=1e-8)
 
 
-def test_all_levels_of_a_layer_share_two_factorizations():
+def test_all_levels_of_a_layer_share_the_factorization_of_their_method():
     x = _inputs()
     moment, weight = x.T @ x, torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
-    regression.cache_clear()
-    for bits, percent in ((2, (1, 2)), (3, (2, 4)), (4, (1, 4))):
-        kept, corrected = sparsegpt(weight, percent, moment)
-        gptq(corrected, bits, 8, False, moment, kept)
-        gptq(weight, bits, None, True, moment)
-    assert regression.cache_info().misses == 2
+    first = regression(moment, by_activity=False)
+    for pattern in ((1, 2), (2, 4), (1, 4)):
+        sparsegpt(weight, pattern, moment)
+    assert regression(moment, by_activity=False) is first
+    first = regression(moment, by_activity=True)
+    for bits in (2, 3, 4):
+        gptq(weight, bits, 8, False, moment)
+    assert regression(moment, by_activity=True) is first
+
+
+def test_factorization_of_an_indefinite_moment_is_that_of_one_raised_further():
+    """By 1 % it is still indefinite, by 11 % it is not; the first attempt must leave no trace."""
+    moment = torch.eye(96, dtype=torch.float64)
+    moment[0, 1] = moment[1, 0] = 1.05
+    found = regression(moment, by_activity=False)
+    assert found.coefficients[0, 1].item() == pytest.approx(1.05 / 1.11, rel=1e-6)
+    assert found.unpredicted[1:].tolist() == pytest.approx([1.11] * 95)

@@ -31,7 +31,8 @@ r50%:svd r50% w4g64+r4 s50%+r8 s60%+w3g64 s50%:wanda+w4g32s:rtn+r4:svd s50%+w8 w
 w1.58 w1.58g16 s50%+w1.58g16 s50%+w5 w1.58g16+r8 w3g32:hqq s50%+w4:hqq 2:4 4:8:magnitude 2:4+w4g32
 2:4:wanda+w1.58g16+r4:svd w3g32:gptq w4g16s:gptq w8:gptq w1.58g16:gptq s50%:sparsegpt
 2:4:sparsegpt s50%:sparsegpt+w3g32:gptq+r4 2:4+w4g32:gptq w3g16+o1% w2g32+o5%+r4 w1.58g16+o2%
-s50%+w3+o1% w3g16:gptq+o1% w3g16:hqq+o1% 2:4:sparsegpt+w3g32:gptq+o3%+r4""".split()
+s50%+w3+o1% w3g16:gptq+o1% w3g16:hqq+o1% 2:4:sparsegpt+w3g32:gptq+o3%+r4 w3g32:awq w8:awq
+s50%+w4g16s:awq 2:4:sparsegpt+w3g32:awq+o3%+r4""".split()
 
 
 def _case(shape=SHAPE, seed=0):
@@ -179,7 +180,7 @@ def test_effective_methods_falls_back_without_statistics():
 
 
 @pytest.mark.parametrize(
-    "text", ["s50%:wanda", "r50%:whitened", "w4+r8:whitened", "w4:gptq", "2:4:sparsegpt"]
+    "text", ["s50%:wanda", "r50%:whitened", "w4+r8:whitened", "w4:gptq", "w4:awq", "2:4:sparsegpt"]
 )
 def test_effective_methods_refuses_asked_methods_without_statistics(text):
     with pytest.raises(InvalidInput, match="needs calibration statistics"):
@@ -214,6 +215,8 @@ def test_effective_methods_refuses_asked_methods_without_statistics(text):
         ("w3+o50%", LayerShape(1, 1), "o50% of [1, 1] is no weight"),
         ("4:8", CONV, "for kernels of 1 x 1, not 3 x 3; nearest: s50%"),
         ("1:3:magnitude+w4", CONV, "nearest: s66.7%:magnitude+w4"),
+        ("w4:awq", CONV, "awq is realized for kernels of 1 x 1, not 3 x 3; nearest: w4"),
+        ("s50%:magnitude+w4:awq", GROUPED, "have none; nearest: s50%:magnitude+w4"),
     ],
 )
 def test_refusal_names_the_reason_and_what_fits(text, shape, reason):
@@ -281,7 +284,7 @@ def test_realize_refuses_shapes_that_differ_from_the_layer():
 @pytest.mark.parametrize(
     "text",
     ["w1.58", "w2g32", "w4g32s", "w4:hqq", "w8", "s50%", "s50%+w3", "2:4", "r50%", "w3+r4"]
-    + ["w3g32+o1%"],
+    + ["w3g32+o1%", "w3g32:awq"],
 )
 def test_realize_of_zeros_is_zeros(text):
     _, statistics = _case()

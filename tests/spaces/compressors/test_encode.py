@@ -37,7 +37,7 @@ def _positions(stored):
     return unpack_positions(places, counts, stored.shape.weights)
 
 
-OUTLIERS = """w3g16+o1% w2:gptq+o1% w1.58g16+o5% w3g32:hqq+o0.5% w4g16s+o1%+r4
+OUTLIERS = """w3g16+o1% w3g16:awq+o1% w2:gptq+o1% w1.58g16+o5% w3g32:hqq+o0.5% w4g16s+o1%+r4
 s50%+w3+o1% 2:4:sparsegpt+w3g32:gptq+o2%""".split()
 
 
