@@ -17,9 +17,10 @@ from apportion.cost_models.measured import Context, ItemTimes
 from apportion.cost_models.operators import ORIGINAL, model_dtype, runs_dense
 from apportion.cost_models.requests import runner
 from apportion.cost_models.rows import (
+    STRUCTURE,
     Choice,
     alike_options,
-    chosen_operator,
+    chosen_program,
     class_numbers,
     item_rows,
     parts_of,
@@ -29,6 +30,7 @@ from apportion.cost_models.sampling import Config, stratified
 from apportion.cost_models.session import Subject
 from apportion.cost_models.table import Rows
 from apportion.cost_models.whole_model import configured
+from apportion.spaces.space import DROP
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ def _observations(
 ) -> Observations:
     """The configurations measured whole, after those without structures that are known already."""
     shape, classes = shape_of(context.space), len(choice.classes)
-    known = [_dropping(context, places) for places in times.dropped]
-    measured = [*times.dropped.values(), *_measured(context, times, choice, configs)]
+    texts = context.space.texts
+    dropped = {some: t for some, t in times.dropped.items() if all(DROP in texts[p] for p in some)}
+    known = [_dropping(context, places) for places in dropped]
+    measured = [*dropped.values(), *_measured(context, times, choice, configs)]
     parts = [parts_of(rows, numbers, classes, shape, c) for c in (*known, *configs)]
     neutral = (0,) * len(rows)
     return Observations(
@@ -132,7 +136,7 @@ def _observations(
 
 def _dropping(context: Context, places: Sequence[int]) -> Config:
     texts = context.space.texts
-    return tuple(row.index("drop") if place in places else 0 for place, row in enumerate(texts))
+    return tuple(row.index(DROP) if place in places else 0 for place, row in enumerate(texts))
 
 
 def _measured(
@@ -155,11 +159,11 @@ def _subject(context: Context, times: ItemTimes, choice: Choice, config: Config)
     shape = shape_of(space)
     void = shape.void(config)
     there = [place for place in range(len(config)) if not void[place] and config[place]]
-    running = [chosen_operator(times, choice, place, config[place]) for place in there]
-    operators = [operator.key for operator in running if operator is not None]
+    running = [chosen_program(times, choice, place, config[place]) for place in there]
+    operators = [o.key for program in running if program is not None for o in program]
     taken = [plan.alternatives.get((place, config[place])) for place in there]
     operators += [name for name in taken if name is not None]
-    dropped = [plan.structures[place] for place in there if place in plan.structures]
+    dropped = [plan.structures[p] for p in there if space.texts[p][config[p]] == DROP]
 
     def build() -> Call:
         names = implementation_names(context, choice)
@@ -179,7 +183,8 @@ def implementation_names(context: Context, choice: Choice) -> dict[str, dict[str
             for text, name in zip(
                 context.space.texts[place][1:], choice.names[place][1:], strict=True
             )
+            if name != STRUCTURE
         }
         for place, site in enumerate(context.space.sites)
-        if not site.is_structure
+        if any(name != STRUCTURE for name in choice.names[place])
     }

@@ -10,8 +10,9 @@ from apportion.cost_models.harness import Call, Measurement
 from apportion.cost_models.operators import (
     Given,
     Operator,
+    Program,
     built_layers,
-    candidate_operators,
+    candidate_programs,
     copies_of,
     observe,
     original_layers,
@@ -23,8 +24,9 @@ from apportion.cost_models.requests import RequestItem, runner
 from apportion.cost_models.session import Session, Subject
 from apportion.cost_models.whole_model import configured, signature, whole_description, without
 from apportion.spaces.batches import Batch
-from apportion.spaces.sites import Site
-from apportion.spaces.space import DROP, Space
+from apportion.spaces.grammar import Option
+from apportion.spaces.sites import Member, Site
+from apportion.spaces.space import DENSE, Space
 
 DROPPED_SHARE = 2
 """Every so manieth of like structures is dropped to learn what one of them takes."""
@@ -48,13 +50,22 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Layers of the model that share an input, and what they launch."""
+
+    members: tuple[Member, ...]
+    operator: Operator
+
+
+@dataclass(frozen=True)
 class ItemPlan:
     """What has to be timed for one request item.
 
     Attributes:
         item: the work.
-        originals: place of a weight site -> its own layers.
-        candidates: (site, option) -> one operator for each implementation that serves it.
+        originals: place of a weight site or of a sub-block with treatments -> its own layers.
+        candidates: (site, option) -> one program for each implementation that serves it.
+        layers: key of an operator among the originals -> the first layers that are like it.
         structures: place of a structure site -> its signature.
         alternatives: (choice block, option) -> name of the alternative, the same where both the
             blocks and what they are given are alike.
@@ -62,8 +73,9 @@ class ItemPlan:
     """
 
     item: RequestItem
-    originals: dict[int, Operator]
-    candidates: dict[tuple[int, int], list[Operator]]
+    originals: dict[int, Program]
+    candidates: dict[tuple[int, int], list[Program]]
+    layers: dict[str, Layers]
     structures: dict[int, str]
     alternatives: dict[tuple[int, int], str]
     model: str
@@ -71,12 +83,12 @@ class ItemPlan:
     @property
     def operators(self) -> dict[str, Operator]:
         """All distinct operators by key, the model's own layers included."""
-        every = [*self.originals.values(), *(o for row in self.candidates.values() for o in row)]
-        return {operator.key: operator for operator in every}
+        programs = [*self.originals.values(), *(p for row in self.candidates.values() for p in row)]
+        return {operator.key: operator for program in programs for operator in program}
 
     def description(self, operators: Sequence[str], dropped: Sequence[str]) -> dict[str, Any]:
         """Of a whole model in which these operators run and these structures are dropped."""
-        threads = next((o.threads for o in self.originals.values()), 0)
+        threads = next((each.operator.threads for each in self.layers.values()), 0)
         return whole_description(self.model, self.item, threads, operators, dropped)
 
 
@@ -108,21 +120,29 @@ def plan_item(context: Context, item: RequestItem) -> ItemPlan:
     """Run the model once to see what its layers are given, and list what that takes to time."""
     model, space = context.model, context.space
     given = observe(model, space, runner(model, item, context.sample))
-    originals: dict[int, Operator] = {}
-    candidates: dict[tuple[int, int], list[Operator]] = {}
+    originals: dict[int, Program] = {}
+    candidates: dict[tuple[int, int], list[Program]] = {}
+    layers: dict[str, Layers] = {}
     for place, site in enumerate(space.sites):
-        if site.is_structure or site.name not in given:
+        launched = [o for o in enumerate(space.options[place]) if _launches(site, o[1])]
+        seen = [given[group[0].module] for group in site.groups if group[0].module in given]
+        if not launched or len(seen) < len(site.groups):
             continue
-        seen = given[site.name]
-        originals[place] = original_operator(model, site, seen, context.threads)
-        for number, option in enumerate(space.options[place][1:], 1):
-            candidates[place, number] = candidate_operators(
+        own = [
+            Layers(group, original_operator(model, group, each, context.threads))
+            for group, each in zip(site.groups, seen, strict=True)
+        ]
+        originals[place] = tuple(each.operator for each in own)
+        for each in own:
+            layers.setdefault(each.operator.key, each)
+        for number, option in launched:
+            candidates[place, number] = candidate_programs(
                 model, site, option, seen, context.threads, context.rank_multiple
             )
     structures = {
         place: signature(model.get_submodule(site.name), _given_below(space, site, given))
         for place, site in enumerate(space.sites)
-        if DROP in space.texts[place]
+        if any(space.voiding[place])
     }
     alternatives = {
         (place, number): f"{signature(model.get_submodule(site.name), [given[site.name]])}:{text}"
@@ -130,14 +150,19 @@ def plan_item(context: Context, item: RequestItem) -> ItemPlan:
         if site.choices and site.name in given
         for number, text in enumerate(space.texts[place][1:], 1)
     }
-    return ItemPlan(item, originals, candidates, structures, alternatives, signature(model))
+    return ItemPlan(item, originals, candidates, layers, structures, alternatives, signature(model))
+
+
+def _launches(site: Site, option: Option) -> bool:
+    """Whether an option puts other operators in the place of a site's layers."""
+    return option.narrows or not (site.is_structure or str(option) == DENSE)
 
 
 def _given_below(space: Space, structure: Site, given: dict[str, Given]) -> list[Given]:
     return [
-        given[site.name]
+        given[site.members[0].module]
         for site in space.sites
-        if site.name in given and site.members
+        if site.members and site.members[0].module in given
         if site.members[0].module.startswith(structure.name + ".")
     ]
 
@@ -147,7 +172,7 @@ def measure_item(context: Context, plan: ItemPlan) -> ItemTimes:
     dense, layers = _against_model(context, plan)
     times: dict[str, tuple[float, float]] = {}
     widths: list[float] = []
-    for operator in {o.key: o for o in plan.originals.values()}.values():
+    for operator in (each.operator for each in plan.layers.values()):
         own = layers[operator.key]
         times[operator.key] = (own.ratio * dense, own.high * dense)
         rivals = _rivals(plan, operator)
@@ -171,8 +196,9 @@ def _rivals(plan: ItemPlan, original: Operator) -> list[Operator]:
     found = {
         operator.key: operator
         for (site, _), row in plan.candidates.items()
-        if plan.originals[site].key == original.key
-        for operator in row
+        for program in row
+        for own, operator in zip(plan.originals[site], program, strict=True)
+        if own.key == original.key
     }
     return list(found.values())
 
@@ -180,15 +206,14 @@ def _rivals(plan: ItemPlan, original: Operator) -> list[Operator]:
 def _against_model(context: Context, plan: ItemPlan) -> tuple[float, dict[str, Measurement]]:
     """The dense model's milliseconds, and each distinct site's own layers as a share of it."""
     session, model = context.session, context.model
-    distinct = {operator.key: place for place, operator in plan.originals.items()}
     dense = Subject(plan.description([], []), lambda: runner(model, plan.item, context.sample))
-    subjects = [_layers_subject(context, plan, place) for place in distinct.values()]
+    subjects = [_layers_subject(context, plan, layers) for layers in plan.layers.values()]
     seconds = session.timing.model_seconds if session.timing else 0.0
     found = session.measure([dense, *subjects], dense.build, seconds, context.footprint)
-    copies = [copies_of(plan.originals[p], context.footprint) for p in distinct.values()]
+    copies = [copies_of(each.operator, context.footprint) for each in plan.layers.values()]
     shares = {
         key: _scaled(measured, 1 / count)
-        for key, measured, count in zip(distinct, found[1:], copies, strict=True)
+        for key, measured, count in zip(plan.layers, found[1:], copies, strict=True)
     }
     return found[0].reference_milliseconds, shares
 
@@ -200,13 +225,13 @@ def _scaled(measured: Measurement, by: float) -> Measurement:
     )  # fmt: skip
 
 
-def _layers_subject(context: Context, plan: ItemPlan, place: int) -> Subject:
-    """All copies of a site's own layers, timed against the dense model."""
-    operator, site = plan.originals[place], context.space.sites[place]
+def _layers_subject(context: Context, plan: ItemPlan, layers: Layers) -> Subject:
+    """All copies of the model's own layers, timed against the dense model."""
+    operator = layers.operator
     copies = copies_of(operator, context.footprint)
 
     def build() -> Call:
-        return round_of(original_layers(context.model, site, operator, copies), operator.given)
+        return round_of(original_layers(context.model, layers.members, copies), operator.given)
 
     work = plan.description([], [])
     return Subject({**operator.description, "copies": copies, "against": work}, build)
@@ -218,11 +243,10 @@ def _against_layers(
     """Operators against the layers that they replace."""
     session = context.session
     copies = copies_of(original, context.footprint)
-    place = next(p for p, o in plan.originals.items() if o.key == original.key)
-    site = context.space.sites[place]
+    members = plan.layers[original.key].members
 
     def reference() -> Call:
-        return rotation(original_layers(context.model, site, original, copies), original.given)
+        return rotation(original_layers(context.model, members, copies), original.given)
 
     def subject(operator: Operator) -> Subject:
         described = {**operator.description, "copies": copies, "against": original.description}
@@ -251,7 +275,7 @@ def _without_some(
 
     def subject(places: tuple[int, ...]) -> Subject:
         def build() -> Call:
-            model = without(context.model, context.space, [sites[place] for place in places])
+            model = without(context.model, [sites[place] for place in places])
             return runner(model, plan.item, context.sample)
 
         return Subject(plan.description([], [plan.structures[p] for p in places]), build)

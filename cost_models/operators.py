@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,12 @@ from apportion.kernels.packing import pack_mask
 from apportion.kernels.positions import pack_positions
 from apportion.kernels.registry import implementation, serving
 from apportion.spaces.apply import WRITTEN_BACK, bias_of
-from apportion.spaces.compressors.compose import format_of
 from apportion.spaces.compressors.sparsify import removed_count
 from apportion.spaces.grammar import Option
-from apportion.spaces.sites import Site
+from apportion.spaces.parts import Part, first_units, parts
+from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import Space
+from apportion.spaces.stored import Stored, StoredSite
 
 DEVICE = "cpu"
 ORIGINAL = "dense"
@@ -86,6 +87,10 @@ class Operator:
         return sum(s.weights for s in self.shapes) * DTYPES[self.given.dtype].itemsize
 
 
+Program = tuple[Operator, ...]
+"""What one site launches under one option, an operator for each input that its layers share."""
+
+
 def model_dtype(model: nn.Module) -> str:
     """The dtype of the first floating parameter: "float32", "bfloat16" or "float16"."""
     found = (p.dtype for p in model.parameters() if p.is_floating_point())
@@ -93,9 +98,10 @@ def model_dtype(model: nn.Module) -> str:
 
 
 def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
-    """Site name -> what its layers, or a choice block, are given in one run.
+    """Path of a layer or choice block -> what it is given in one run.
 
-    Sites that are not called, or are no layers but written back, are left out.
+    Of layers that share an input the first. What is not called, or is no layer but written back,
+    is left out.
     """
     seen: dict[str, Given] = {}
 
@@ -108,12 +114,11 @@ def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[s
 
         return note
 
+    watched = [site.name for site in space.sites if site.choices]
+    watched += [g[0].module for s in space.sites for g in s.groups if not s.written_back]
     handles = [
-        model.get_submodule(
-            site.name if site.choices else site.members[0].module
-        ).register_forward_pre_hook(hook(site.name), with_kwargs=True)
-        for site in space.sites
-        if site.choices or (site.members and not site.written_back)
+        model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True)
+        for path in dict.fromkeys(watched)
     ]
     try:
         run()
@@ -123,46 +128,78 @@ def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[s
     return seen
 
 
-def original_operator(model: nn.Module, site: Site, given: Given, threads: int) -> Operator:
-    """The site's own layers."""
-    modules = [model.get_submodule(member.module) for member in site.members]
+def original_operator(
+    model: nn.Module, members: Sequence[Member], given: Given, threads: int
+) -> Operator:
+    """The model's own layers, that share an input."""
+    modules = [model.get_submodule(member.module) for member in members]
     return Operator(
         implementation=ORIGINAL,
         layers=tuple(type(module).__name__ for module in modules),
         formats=(),
-        shapes=tuple(member.shape for member in site.members),
-        biases=_biases(model, site),
+        shapes=tuple(member.shape for member in members),
+        biases=_biases(model, members),
         given=given,
         threads=threads,
     )
 
 
-def candidate_operators(
-    model: nn.Module, site: Site, option: Option, given: Given, threads: int, rank_multiple: int
-) -> list[Operator]:
-    """One operator for every implementation that serves an option of a weight site."""
-    dtype = model_dtype(model)
-    shapes = tuple(member.shape for member in site.members)
-    formats = [format_of(option, shape, dtype, rank_multiple) for shape in shapes]
+def candidate_programs(
+    model: nn.Module,
+    site: Site,
+    option: Option,
+    given: Sequence[Given],
+    threads: int,
+    rank_multiple: int,
+) -> list[Program]:
+    """What could run an option: one program for every implementation that serves all of it.
+
+    Args:
+        model: the dense model.
+        site: a weight site, or a sub-block with a width.
+        option: of a sub-block a treatment.
+        given: of each of `site.groups` the input.
+        threads: intra-op threads.
+        rank_multiple: ranks of rP% are multiples of it.
+    """
+    launched = parts(site, option, model_dtype(model), rank_multiple)
+    served = [[i.name for i in serving(p.formats[0], p.shapes, DEVICE)] for p in launched]
     return [
-        Operator(
-            implementation=each.name,
-            layers=(),
-            formats=tuple(_as_run(each.name, f) for f in formats),
-            shapes=shapes,
-            biases=_biases(model, site),
-            given=given,
-            threads=threads,
+        tuple(
+            Operator(
+                implementation=name,
+                layers=(),
+                formats=tuple(_as_run(name, format) for format in part.formats),
+                shapes=part.shapes,
+                biases=_biases(model, part.members),
+                given=_narrowed(seen, part),
+                threads=threads,
+            )
+            for part, seen in zip(launched, given, strict=True)
         )
-        for each in serving(formats[0], shapes, DEVICE)
+        for name in served[0]
+        if all(name in names for names in served)
     ]
+
+
+def _narrowed(given: Given, part: Part) -> Given:
+    """The input of a part whose layers may be narrower than the model's."""
+    dense, now = part.members[0].shape, part.shapes[0]
+    if dense.in_features == now.in_features and dense.conv == now.conv:
+        return given
+    if now.conv is None:
+        return replace(given, shape=(*given.shape[:-1], now.in_features))
+    positions = now.conv.kernel[0] * now.conv.kernel[1]
+    channels = now.in_features // positions * now.conv.groups
+    return replace(given, shape=(given.shape[0], channels, *given.shape[2:]))
 
 
 def runs_dense(site: Site, dtype: str) -> str:
     """What runs any stored weight of a site dense: in the model's dtype, or written back."""
     if site.written_back:
         return WRITTEN_BACK
-    family = "conv" if any(member.shape.conv for member in site.members) else "linear"
+    convolves = any(member.shape.conv for group in site.groups for member in group)
+    family = "conv" if convolves else "linear"
     return f"{family}.{SHORT_DTYPES[dtype]}"
 
 
@@ -178,8 +215,8 @@ def _as_run(name: str, format: Format) -> Format:
     return format
 
 
-def _biases(model: nn.Module, site: Site) -> tuple[bool, ...]:
-    return tuple(bias_of(model, member.module) is not None for member in site.members)
+def _biases(model: nn.Module, members: Sequence[Member]) -> tuple[bool, ...]:
+    return tuple(bias_of(model, member.module) is not None for member in members)
 
 
 def nonzeros_of(option: Option, shape: LayerShape) -> int | None:
@@ -213,6 +250,8 @@ def random_stored(
         elif name == "scale":
             level = size / 2 ** ((format.bits or 8) - 1)
             tensors[name] = (level * (0.5 + torch.rand(dims, generator=generator))).to(dtype)
+        elif name == "input_scale":
+            tensors[name] = (0.5 + torch.rand(dims, generator=generator)).to(dtype)
         else:
             tensors[name] = (size * torch.randn(dims, generator=generator)).to(dtype)
     if format.outliers is not None:
@@ -228,10 +267,10 @@ def copies_of(operator: Operator, footprint: float) -> int:
 
 
 def original_layers(
-    model: nn.Module, site: Site, operator: Operator, copies: int
+    model: nn.Module, members: Sequence[Member], copies: int
 ) -> list[list[nn.Module]]:
-    """Copies of a site's own layers, as `rotation` takes them."""
-    modules = [model.get_submodule(member.module) for member in site.members]
+    """Copies of the model's own layers, as `rotation` takes them."""
+    modules = [model.get_submodule(member.module) for member in members]
     return [[copy.deepcopy(module) for module in modules] for _ in range(copies)]
 
 
@@ -278,21 +317,22 @@ def round_of(layers: Sequence[Sequence[nn.Module]], given: Given) -> Call:
     return everything
 
 
-def random_weights(
-    space: Space, dtype: str, rank_multiple: int
-) -> Callable[[Site, Option], list[StoredWeight]]:
+def random_weights(space: Space, dtype: str, rank_multiple: int) -> Stored:
     """What `apply` asks for the stored weights of a site under an option: random ones."""
     places: Mapping[str, int] = space.names
 
-    def stored(site: Site, option: Option) -> list[StoredWeight]:
-        return [
+    def stored(site: Site, option: Option) -> StoredSite:
+        launched = parts(site, option, dtype, rank_multiple)
+        layers = [pair for p in launched for pair in zip(p.formats, p.shapes, strict=True)]
+        weights = [
             random_stored(
-                format_of(option, member.shape, dtype, rank_multiple),
-                member.shape,
+                format,
+                shape,
                 seed=places[site.name] * 100 + number,
-                nonzeros=nonzeros_of(option, member.shape),
+                nonzeros=nonzeros_of(option, shape),
             )
-            for number, member in enumerate(site.members)
+            for number, (format, shape) in enumerate(layers)
         ]
+        return StoredSite(tuple(weights), first_units(site, option))
 
     return stored

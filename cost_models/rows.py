@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apportion.cost_models.measured import ItemTimes
-from apportion.cost_models.operators import ORIGINAL, Operator, runs_dense
+from apportion.cost_models.operators import ORIGINAL, Program, runs_dense
 from apportion.cost_models.sampling import Config, Shape
 from apportion.cost_models.table import Rows, padded
-from apportion.spaces.space import DROP, Space
+from apportion.spaces.parts import kept_share
+from apportion.spaces.space import Space
 
 STRUCTURE = "structure"
 
@@ -20,7 +21,7 @@ class Choice:
     """Implementation names [site][option]; "dense" for a weight site's neutral option.
 
     Attributes:
-        names: "structure" for the options of structure sites and choice blocks; "dense" also where
+        names: "structure" for keep, drop and alternatives of choice blocks; "dense" also where
             nothing serves.
         credited: whether the option runs anything but the dense computation.
     """
@@ -38,14 +39,14 @@ def shape_of(space: Space) -> Shape:
     """The space as arrays."""
     width = max(map(len, space.texts), default=0)
     drops = np.zeros((len(space.sites), width), dtype=bool)
-    for place, texts in enumerate(space.texts):
-        drops[place, : len(texts)] = [text == DROP for text in texts]
+    for place, row in enumerate(space.voiding):
+        drops[place, : len(row)] = row
     count = np.array([len(texts) for texts in space.texts], dtype=np.int64)
     return Shape(count, np.array(space.parent, dtype=np.int64), drops)
 
 
 def choose(space: Space, items: Sequence[ItemTimes], dtype: str) -> Choice:
-    """For each option of each weight site, the implementation of least time over the request.
+    """For each option that launches anything, the implementation of least time over the request.
 
     Where none was measured the option runs dense, and is not credited; nor is it where running
     dense is the fastest.
@@ -55,7 +56,9 @@ def choose(space: Space, items: Sequence[ItemTimes], dtype: str) -> Choice:
     for place, site in enumerate(space.sites):
         options = space.options[place]
         if site.is_structure:
-            names.append((STRUCTURE,) * len(options))
+            treatments = [_fastest(items, place, o) or ORIGINAL for o in range(len(options))]
+            both = zip(options, treatments, strict=True)
+            names.append(tuple(name if o.narrows else STRUCTURE for o, name in both))
             credited.append((True,) * len(options))
             continue
         dense = runs_dense(site, dtype)
@@ -69,26 +72,32 @@ def _fastest(items: Sequence[ItemTimes], place: int, option: int) -> str | None:
     """The implementation of least total; the first in the registry's order among equals."""
     totals: dict[str, float] = {}
     for times in items:
-        for operator in times.plan.candidates.get((place, option), []):
-            spent = times.plan.item.count * times.operators[operator.key][0]
-            totals[operator.implementation] = totals.get(operator.implementation, 0.0) + spent
+        for program in times.plan.candidates.get((place, option), []):
+            name = program[0].implementation
+            spent = times.plan.item.count * program_times(times, program)[0]
+            totals[name] = totals.get(name, 0.0) + spent
     return min(totals, key=lambda name: totals[name], default=None)
 
 
-def chosen_operator(
-    plan_times: ItemTimes, choice: Choice, place: int, option: int
-) -> Operator | None:
-    """The operator that an option of a weight site runs; None for its own layers."""
-    operators = plan_times.plan.candidates.get((place, option), [])
+def program_times(times: ItemTimes, program: Program) -> tuple[float, float]:
+    """Mean and upper milliseconds of all that a program launches."""
+    measured = [times.operators[operator.key] for operator in program]
+    return sum(mean for mean, _ in measured), sum(upper for _, upper in measured)
+
+
+def chosen_program(times: ItemTimes, choice: Choice, place: int, option: int) -> Program | None:
+    """What an option launches; None for the model's own layers."""
+    programs = times.plan.candidates.get((place, option), [])
     name = choice.names[place][option]
-    return next((each for each in operators if each.implementation == name), None)
+    return next((each for each in programs if each[0].implementation == name), None)
 
 
 def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Rows]:
     """Mean and upper milliseconds [sites, options] of one request item, its count not applied.
 
-    The neutral row of a structure site is what dropping it saves less what its sites take. Those
-    of a choice block are what its alternatives take more than the fastest of them.
+    The neutral row of a structure site is what dropping it saves less what its sites take, that
+    of a treatment what its program takes and the kept share of what is in the sub-block beside its
+    layers. Those of a choice block are what its alternatives take more than the fastest of them.
     """
     rows: list[list[tuple[float, float]]] = [
         [(0.0, 0.0)] * len(options) for options in space.options
@@ -99,7 +108,7 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
             rows[place] = _alternative_times(times, place, len(space.options[place]))
         elif space.sites[place].is_structure:
             own = max(0.0, times.savings.get(place, 0.0) - below[place])
-            rows[place][0] = (own, own)
+            rows[place] = _structure_times(space, times, choice, place, own)
         elif place in times.plan.originals:
             rows[place] = [
                 _operator_times(times, choice, place, option)
@@ -119,8 +128,25 @@ def _alternative_times(times: ItemTimes, place: int, options: int) -> list[tuple
 def _operator_times(
     times: ItemTimes, choice: Choice, place: int, option: int
 ) -> tuple[float, float]:
-    operator = chosen_operator(times, choice, place, option) or times.plan.originals[place]
-    return times.operators[operator.key]
+    program = chosen_program(times, choice, place, option) or times.plan.originals[place]
+    return program_times(times, program)
+
+
+def _structure_times(
+    space: Space, times: ItemTimes, choice: Choice, place: int, own: float
+) -> list[tuple[float, float]]:
+    """Of `keep`, with `own` milliseconds beside what lies below, of `drop` and of treatments."""
+    site, options = space.sites[place], space.options[place]
+    layers = program_times(times, times.plan.originals.get(place, ()))[0]
+    beside = max(0.0, times.savings.get(place, 0.0) - layers)
+    rows = [(own, own), *[(0.0, 0.0)] * (len(options) - 1)]
+    for number, option in enumerate(options):
+        program = chosen_program(times, choice, place, number)
+        if site.width is not None and program is not None:
+            mean, upper = program_times(times, program)
+            left = beside * kept_share(site.width, option)
+            rows[number] = (mean + left, upper + left)
+    return rows
 
 
 def class_numbers(choice: Choice) -> NDArray[np.int64]:

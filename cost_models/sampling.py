@@ -114,5 +114,9 @@ def _mix(rows: Rows, shape: Shape, generator: np.random.Generator) -> Config:
     config = wishes.argmax(1)
     dropped = generator.random(len(rows)) < dropping
     can_drop = shape.drops.any(1)
-    config = np.where(dropped & can_drop, shape.drops.argmax(1), config)
+    voiding = shape.drops.argmax(1)
+    if shape.drops.sum(1).max(initial=0) > 1:
+        liked = np.where(shape.drops, generator.random(rows.shape), -1.0)
+        voiding = liked.argmax(1)
+    config = np.where(dropped & can_drop, voiding, config)
     return tuple(map(int, config))

@@ -17,10 +17,12 @@ from apportion.kernels.formats import DTYPES, stored_bytes
 from apportion.kernels.group import resident_bytes
 from apportion.kernels.registry import implementation
 from apportion.spaces.choice import unchosen
-from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of
+from apportion.spaces.compressors.compose import RANK_MULTIPLE
 from apportion.spaces.grammar import Option
-from apportion.spaces.sites import Site
-from apportion.spaces.space import DENSE, Space
+from apportion.spaces.narrowing import unit_vectors
+from apportion.spaces.parts import first_units, part_shapes, parts
+from apportion.spaces.sites import Member, Site
+from apportion.spaces.space import DENSE, KEEP, Space
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,28 @@ def weight_bytes(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTI
 def site_bytes(
     model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE
 ) -> list[dict[str, int]]:
-    """For each site, option text -> stored bytes of its weights; 0 for keep and drop."""
+    """For each site, option text -> stored bytes of its weights; 0 for drop.
+
+    `keep` has the bytes of what only a treatment stores otherwise: of weights below it that are in
+    no weight site.
+    """
     dtype = model_dtype(model)
-    return [
+    found = [
         {str(o): int(_site_bytes(site, o, dtype, rank_multiple)) for o in options}
         for site, options in zip(space.sites, space.options, strict=True)
     ]
+    for place, members in _only_treated(space).items():
+        weights = sum(member.shape.weights for member in members)
+        found[place][KEEP] += weights * DTYPES[dtype].itemsize
+    return found
 
 
 def bits(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE) -> StaticCost:
-    """8 x stored bytes of the weight sites / the number of their dense weights."""
+    """8 x stored bytes of weight sites and treated sub-blocks / their number of dense weights."""
     # Choice blocks alone have none: no bits of nothing.
-    weights = sum(site.weights for site in space.sites) or 1
+    weights = sum(site.weights for site in space.sites)
+    weights += sum(m.shape.weights for members in _only_treated(space).values() for m in members)
+    weights = weights or 1
     rows = [
         [8 * size / weights for size in row.values()]
         for row in site_bytes(model, space, rank_multiple)
@@ -84,15 +96,19 @@ def resident_cost(
     held: dict[tuple[object, ...], float] = {}
 
     def size(site: Site, option: Option) -> float:
-        if option.is_structure:
+        if option.is_structure and not option.narrows:
             return 0.0
         if str(option) == DENSE or site.written_back:
             return float(site.weights * DTYPES[dtype].itemsize)
         name = implementations[site.name][str(option)]
-        key = (name, str(option), tuple(member.shape for member in site.members))
+        key = (name, str(option), part_shapes(site, option))
         if key not in held:
-            built = implementation(name).build(stored(site, option), [None] * len(site.members))
-            held[key] = float(resident_bytes(built))
+            weights = iter(stored(site, option).weights)
+            built = [
+                implementation(name).build([next(weights) for _ in group], [None] * len(group))
+                for group in site.groups
+            ]
+            held[key] = float(sum(map(resident_bytes, built)))
         return held[key]
 
     rows = [
@@ -121,20 +137,27 @@ def struck(space: Space, weight: StaticCost, profiles: Sequence[Profile]) -> dic
 
 
 def _site_bytes(site: Site, option: Option, dtype: str, rank_multiple: int) -> float:
-    if option.is_structure:
+    if option.is_structure and not option.narrows:
         return 0.0
     if str(option) == DENSE:
         return float(site.weights * DTYPES[dtype].itemsize)
     return float(
         sum(
-            stored_bytes(
-                format_of(option, member.shape, dtype, rank_multiple),
-                member.shape,
-                nonzeros_of(option, member.shape),
-            )
-            for member in site.members
+            stored_bytes(format, shape, nonzeros_of(option, shape))
+            for part in parts(site, option, dtype, rank_multiple)
+            for format, shape in zip(part.formats, part.shapes, strict=True)
         )
     )
+
+
+def _only_treated(space: Space) -> dict[int, list[Member]]:
+    """Place of a structure site -> weights that its treatments hold and no weight site does."""
+    held = {member.path for site in space.sites for member in site.members}
+    return {
+        place: [m for group in site.groups for m in group if m.path not in held]
+        for place, site in enumerate(space.sites)
+        if any(option.narrows for option in space.options[place])
+    }
 
 
 def _written(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -172,7 +195,24 @@ def _add_remainder(
         place = max(around, key=lambda place: len(space.sites[place].name))
         for number in _options_holding(space, place, name):
             rows[place][number] += size
+        for place in around:
+            for number, kept in _kept_sizes(model, space, place, name, size):
+                rows[place][number] += kept
     return base
+
+
+def _kept_sizes(
+    model: nn.Module, space: Space, place: int, name: str, size: int
+) -> Iterator[tuple[int, int]]:
+    """(treatment, bytes of a tensor under it) of a structure site; weights are not among them."""
+    site = space.sites[place]
+    weights = {member.parameter_path for group in site.groups for member in group}
+    for number, option in enumerate(space.options[place]):
+        units = first_units(site, option)
+        if site.width is None or units is None or name in weights:
+            continue
+        narrow = unit_vectors(model, site.width, units).get(name)
+        yield number, size if narrow is None else narrow.nbytes
 
 
 def _options_holding(space: Space, place: int, name: str) -> list[int]:

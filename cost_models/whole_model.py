@@ -1,6 +1,5 @@
 """Whole models against the dense one: configurations with random weights, and finished ones."""
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,8 +12,9 @@ from apportion.cost_models.operators import Given, model_dtype, random_weights
 from apportion.cost_models.requests import RequestItem, runner
 from apportion.cost_models.session import Timing, threads_set
 from apportion.hashing import content_hash
-from apportion.spaces.apply import apply
+from apportion.spaces.apply import apply, drop
 from apportion.spaces.batches import Batch
+from apportion.spaces.narrowing import shared_copy
 from apportion.spaces.sites import Site
 from apportion.spaces.space import Configuration, Space
 
@@ -33,12 +33,6 @@ def signature(module: nn.Module, given: Sequence[Given] = ()) -> str:
     return content_hash([parts, tensors, inputs])
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose layers can be replaced; parameters and buffers are those of the model."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def configured(
     model: nn.Module,
     space: Space,
@@ -53,9 +47,12 @@ def configured(
     return built.eval()
 
 
-def without(model: nn.Module, space: Space, dropped: Sequence[Site]) -> nn.Module:
+def without(model: nn.Module, dropped: Sequence[Site]) -> nn.Module:
     """A copy of the model without some of its structure sites."""
-    return configured(model, space, {site.name: "drop" for site in dropped}, {}, 1)
+    built = shared_copy(model)
+    for site in dropped:
+        drop(built, site)
+    return built.eval()
 
 
 def compare_models(

@@ -28,6 +28,7 @@ class Problem:
         parent: [sites] index of the site above, -1: none.
         neutral: [sites] the option that changes nothing (`dense`, `keep`); a void site holds it.
         drops: [sites, options] whether choosing it voids all sites below.
+        removes: [sites, options] whether it leaves nothing of the site; None: all that void do.
         count: [sites] number of real options; those behind it are padding.
         uniform: option text -> that option everywhere it is taken, no drops.
     """
@@ -41,6 +42,7 @@ class Problem:
     drops: NDArray[np.bool_]
     count: NDArray[np.int64]
     uniform: Mapping[str, Config]
+    removes: NDArray[np.bool_] | None = None
 
     @property
     def sites(self) -> int:

@@ -1,27 +1,27 @@
 """Puts a configuration into a live model: packed operators in place of layers, nothing in place
-of what is dropped, one alternative of each choice block, and realized weights as parameters where a
-module's forward is not known."""
+of what is dropped, narrower sub-blocks in place of treated ones, one alternative of each choice
+block, and realized weights as parameters where a module's forward is not known."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apportion.errors import ApportionError
 from apportion.kernels.formats import StoredWeight
 from apportion.kernels.group import members as group_members
 from apportion.kernels.reference import reference_weight
 from apportion.kernels.registry import implementation
 from apportion.spaces.choice import OPERATION, choice_at
-from apportion.spaces.grammar import Option
+from apportion.spaces.narrowing import narrowed_copy
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP, Space
+from apportion.spaces.stored import Stored, StoredSite
 from apportion.spaces.views import matrix_of, parameter_at, set_parameter, written
 
 WRITTEN_BACK = "written back"
 """In place of an implementation's name, where realized weights become a module's parameters."""
-
-Stored = Callable[[Site, Option], Sequence[StoredWeight]]
 
 
 class Dropped(nn.Module):
@@ -93,12 +93,34 @@ def install(
         model.set_submodule(path, member)
 
 
+def install_groups(
+    model: nn.Module,
+    groups: Sequence[Sequence[Member]],
+    stored: Sequence[StoredWeight],
+    implementation_name: str,
+) -> None:
+    """Put operators in the place of layers, one for each group of those that share an input."""
+    weights = iter(stored)
+    for group in groups:
+        modules = [member.module for member in group]
+        biases = [bias_of(model, module) for module in modules]
+        install(model, modules, [next(weights) for _ in group], biases, implementation_name)
+
+
 def write_back(model: nn.Module, members: Sequence[Member], stored: Sequence[StoredWeight]) -> None:
     """Make what is stored the values of the members' parameters; shared ones stay as they are."""
     paths = {member.parameter_path for member in members}
     dense = {path: parameter_at(model, path) for path in paths}
     for path, values in written(dense, members, [reference_weight(s) for s in stored]).items():
         set_parameter(model, path, values)
+
+
+def treat(model: nn.Module, site: Site, stored: StoredSite, implementation_name: str) -> None:
+    """Put a narrower sub-block with packed operators in the place of a sub-block, in place."""
+    if stored.kept is None:
+        raise ApportionError(f"what is stored of {site.name} does not say which units it keeps")
+    model.set_submodule(site.name, narrowed_copy(model, site, stored.kept))
+    install_groups(model, site.groups, stored.weights, implementation_name)
 
 
 def chosen_alternatives(space: Space, configuration: Mapping[str, str]) -> dict[str, str]:
@@ -131,19 +153,23 @@ def apply(
             what is written back needs none.
     """
     canonical = space.canonical(configuration)
+    config = space.config(canonical)
     for path, name in chosen_alternatives(space, canonical).items():
         choice_at(model, path).settle(name)
     for place, site in enumerate(space.sites):
         text = canonical[site.name]
-        if site.is_structure or text == DENSE or space.void(space.config(canonical), place):
+        option = space.options[place][config[place]]
+        if text == DENSE or space.void(config, place):
             continue
-        option = space.options[place][space.texts[place].index(text)]
-        if site.written_back:
-            write_back(model, site.members, stored(site, option))
+        if option.narrows:
+            treat(model, site, stored(site, option), implementations[site.name][text])
+        elif site.is_structure:
             continue
-        biases = [bias_of(model, member.module) for member in site.members]
-        modules = [member.module for member in site.members]
-        install(model, modules, stored(site, option), biases, implementations[site.name][text])
+        elif site.written_back:
+            write_back(model, site.members, stored(site, option).weights)
+        else:
+            weights = stored(site, option).weights
+            install_groups(model, site.groups, weights, implementations[site.name][text])
     for site in space.sites:
         # A sub-block under a dropped block is gone with it: the canonical text says keep there.
         if canonical[site.name] == DROP:

@@ -15,8 +15,9 @@ from apportion.spaces.batches import Batch
 from apportion.spaces.choice import find_choices
 from apportion.spaces.layers import Layer, find_layers, owners_of
 from apportion.spaces.probing import Call, probe
-from apportion.spaces.sites import Member, Site
+from apportion.spaces.sites import Member, Site, group_name
 from apportion.spaces.uses import Views, known_views, routers, watched_views
+from apportion.spaces.widths import find_widths
 
 ATTENTION_WORDS = ("attn", "attention")
 MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward")
@@ -34,15 +35,19 @@ class Discovery:
             choice blocks beside the sub-blocks.
         unreached: names of the sites whose layers the batch does not reach (routed experts).
         untreated: path of a layer, parameter or choice block that is no site -> the reason.
+        fixed_widths: name of a structure site without a width -> the reason.
     """
 
     sites: tuple[Site, ...]
     unreached: frozenset[str]
     untreated: dict[str, str]
+    fixed_widths: dict[str, str]
 
 
 def discover(model: nn.Module, batch: Batch) -> Discovery:
     """Find blocks, sub-blocks and weight sites by one forward pass on `batch`, or two.
+
+    Of like sub-blocks one is run some more times, to find its width.
 
     Raises:
         Exception: whatever the model itself raises on the batch.
@@ -67,8 +72,11 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     structure.sort(key=lambda site: order[site.name])
     weights.sort(key=lambda site: order[_owner(site)])
+    widths, fixed_widths = find_widths(model, structure, weights, untreated, seen.calls)
+    structure = [replace(site, width=widths.get(site.name)) for site in structure]
     unreached = {site.name for site in weights if site.members[0].module not in seen.called}
-    return Discovery(_in_tree_order(structure, weights), frozenset(unreached), untreated)
+    sites = _in_tree_order(structure, weights)
+    return Discovery(sites, frozenset(unreached), untreated, fixed_widths)
 
 
 def _owner(site: Site) -> str:
@@ -236,9 +244,8 @@ def _layer_sites(
         alone = len(groups) if member.shape.conv is not None or not holder else -1
         key = (holder, id(layer.input), member.shape.in_features, alone)
         groups.setdefault(key, []).append(member)
-    for (holder, *_), group in groups.items():
-        leaves = "+".join(member.module.rpartition(".")[2] for member in group)
-        name = f"{holder}.{leaves}" if holder else leaves
+    for group in groups.values():
+        name = group_name(group)
         kind = "linear" if group[0].shape.conv is None else "conv"
         optional = any(member.module == head for member in group)
         parent = _parent_of(group[0].module, structure)

@@ -12,10 +12,20 @@ from apportion.spaces.batches import Batch, call
 
 @dataclass
 class Call:
-    """What one module was given and returned in the probing run."""
+    """What one module was given and returned in the probing run.
+
+    Attributes:
+        input: the first tensor that it was given.
+        output: what it returned.
+        args: all that it was given, by place.
+        keywords: all that it was given, by name.
+        count: how often it was called; the rest is of the first call.
+    """
 
     input: Tensor
     output: Any
+    args: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
     count: int = 1
 
 
@@ -31,15 +41,20 @@ class Probe:
             module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any
         ) -> None:
             self.called.add(name)
-            given = next((a for a in (*args, *keywords.values()) if isinstance(a, Tensor)), None)
+            given = first_tensor(args, keywords)
             if given is None:
                 return
             if name in self.calls:
                 self.calls[name].count += 1
             else:
-                self.calls[name] = Call(given, output)
+                self.calls[name] = Call(given, output, args, keywords)
 
         return record
+
+
+def first_tensor(args: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+    """The first tensor that a module is given, or None."""
+    return next((a for a in (*args, *keywords.values()) if isinstance(a, Tensor)), None)
 
 
 @torch.no_grad()

@@ -3,35 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 from apportion.errors import InvalidInput
-from apportion.spaces.choice import OPERATION
-from apportion.spaces.compressors.compose import refusal
-from apportion.spaces.grammar import Option, parse_option, unrealized
-from apportion.spaces.sites import Site
-from apportion.spaces.views import not_written_back
+from apportion.spaces.grammar import Option, parse_option
+from apportion.spaces.sites import Site, group_name
 
 Config = tuple[int, ...]
 Configuration = dict[str, str]
 
 DENSE, KEEP, DROP = "dense", "keep", "drop"
-KINDS = (
-    "keep and drop are for blocks and sub-blocks, op:NAME for choice blocks, all others for weights"
-)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One `[[space]]` entry of a study file: patterns of sites and the options they get.
-
-    `skip_unfit` leaves an option out where it does not fit instead of refusing the file.
-    """
-
-    sites: tuple[str, ...]
-    options: tuple[str, ...]
-    skip_unfit: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +20,7 @@ class Space:
     """The sites that have a choice, in tree order, and their options.
 
     `options[i][0]` is always the neutral one: `dense` of a weight site, `keep` of a structure site,
-    the first alternative of a choice block.
+    the first alternative of a choice block. `drop` comes next, where a site has it.
     """
 
     sites: tuple[Site, ...]
@@ -93,18 +74,25 @@ class Space:
         return tuple(places)
 
     def configuration(self, config: Sequence[int]) -> Configuration:
-        """Site name -> option text, canonical: what lies under a dropped site is neutral."""
+        """Site name -> option text, canonical: void sites are neutral."""
         void = self.voids(config)
         rows = zip(self.names, self.texts, config, void, strict=True)
         return {name: texts[0 if gone else option] for name, texts, option, gone in rows}
 
     def canonical(self, configuration: Mapping[str, str]) -> Configuration:
-        """The configuration with everything under a dropped site made neutral."""
+        """The configuration with every void site made neutral."""
         return self.configuration(self.config(configuration))
 
+    @cached_property
+    def voiding(self) -> tuple[tuple[bool, ...], ...]:
+        """[site][option] whether it voids all sites below: `drop`, and `cP%`, which treats them."""
+        return tuple(
+            tuple(str(option) == DROP or option.narrows for option in row) for row in self.options
+        )
+
     def voids(self, config: Sequence[int]) -> list[bool]:
-        """Of each site whether it lies under a dropped one."""
-        if not any(self.texts[place][config[place]] == DROP for place in self._structures):
+        """Of each site whether it is void."""
+        if not any(self.voiding[place][config[place]] for place in self._structures):
             return [False] * len(self.sites)
         return [self.void(config, place) for place in range(len(self.sites))]
 
@@ -113,18 +101,44 @@ class Space:
         return tuple(place for place, site in enumerate(self.sites) if site.is_structure)
 
     def void(self, config: Sequence[int], place: int) -> bool:
-        """Whether a site lies under a dropped one."""
+        """Whether a site lies under one that is dropped, or treated as a whole."""
         above = self.parent[place]
         while above >= 0:
-            if self.texts[above][config[above]] == DROP:
+            if self.voiding[above][config[above]]:
                 return True
             above = self.parent[above]
         return False
+
+    @cached_property
+    def uniform_texts(self) -> tuple[str, ...]:
+        """What can be chosen everywhere: all options but dense, keep, drop and alternatives."""
+        found = dict.fromkeys(
+            str(option)
+            for row in self.options
+            for option in row
+            if option.narrows or not (option.is_structure or str(option) == DENSE)
+        )
+        return tuple(found)
 
     @property
     def weight_sites(self) -> list[int]:
         """Places of the sites that hold weights."""
         return [place for place, site in enumerate(self.sites) if not site.is_structure]
+
+    @cached_property
+    def input_sites(self) -> tuple[Site, ...]:
+        """Its weight sites, and what stands for those that only a treatment reaches.
+
+        Their inputs are what calibration watches.
+        """
+        found = {site.members[0].path: site for site in self.sites if site.members}
+        for site, options in zip(self.sites, self.options, strict=True):
+            if any(option.narrows for option in options):
+                for members in site.groups:
+                    kind = "linear" if members[0].shape.conv is None else "conv"
+                    stands = Site(group_name(members), kind, members, site.name)
+                    found.setdefault(members[0].path, stands)
+        return tuple(found.values())
 
     def without(self, struck: Mapping[str, Sequence[str]]) -> "Space":
         """The space less the struck options; neutral ones cannot be struck."""
@@ -141,24 +155,39 @@ class Space:
     def uniform(self, text: str, stored_bytes: Sequence[Mapping[str, int]]) -> Config:
         """`text` at every weight site that has it, the next dearer option elsewhere.
 
+        A treatment `cP%` is put on every sub-block that has it; where none is, weight sites get
+        what it does to narrowed weights, or the next dearer option.
+
         Args:
-            text: a weight option.
+            text: an option of weight sites or a treatment.
             stored_bytes: for each site, option text -> bytes of the site stored so.
 
         Raises:
             InvalidInput: no site has the option.
         """
+        option = parse_option(text)
+        config = [0] * len(self.sites)
+        if option.narrows:
+            treated = [place for place in self._structures if text in self.texts[place]]
+            for place in treated:
+                config[place] = self.texts[place].index(text)
+            text = str(option.rest)
+        else:
+            treated = []
+        open_places = [place for place in self.weight_sites if not self.void(config, place)]
         share = [
             stored_bytes[place][text] / self.sites[place].weights
-            for place in self.weight_sites
+            for place in open_places
             if text in self.texts[place]
         ]
-        if not share:
-            raise InvalidInput(f'no site of this space has the option "{text}"')
-        bytes_per_weight = sum(share) / len(share)
-        config = [0] * len(self.sites)
-        for place in self.weight_sites:
-            config[place] = self._next_dearer(place, text, bytes_per_weight, stored_bytes[place])
+        if not share and not treated:
+            raise InvalidInput(f'no site of this space has the option "{option}"')
+        if share:
+            bytes_per_weight = sum(share) / len(share)
+            for place in open_places:
+                config[place] = self._next_dearer(
+                    place, text, bytes_per_weight, stored_bytes[place]
+                )
         return tuple(config)
 
     def _next_dearer(
@@ -170,166 +199,3 @@ class Space:
         floor = bytes_per_weight * self.sites[place].weights
         dearer = [t for t in texts if stored_bytes[t] >= floor]
         return texts.index(min(dearer, key=lambda t: stored_bytes[t], default=DENSE))
-
-
-def site_matches(site: Site, pattern: str) -> bool:
-    """Whether a pattern names a site: by its name, a member's name, or `kind:name`."""
-    names = [site.name, *(member.path for member in site.members)]
-    if ":" in pattern:
-        kind, _, pattern = pattern.partition(":")
-        if kind != site.kind:
-            return False
-    return any(fnmatchcase(name, pattern) for name in names)
-
-
-def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: int = 8) -> Space:
-    """The space of a study file: for each site the options of the first entry that matches.
-
-    A pattern that names a structure site gives its weight options to every weight site below it.
-    Sites without a choice are left out: they stay dense.
-
-    Raises:
-        InvalidInput: unknown or unfit options, patterns that match nothing; one problem a line.
-    """
-    problems: list[str] = []
-    chosen_sites: list[Site] = []
-    chosen_options: list[tuple[Option, ...]] = []
-    parsed = _parse_entries(entries, problems)
-    matched: set[tuple[int, str]] = set()
-    unfit: dict[tuple[int, str], list[str]] = {}
-    for site in sites:
-        found = _entry_of(site, sites, entries, parsed, matched)
-        if found is None:
-            continue
-        options = [option for option in parsed[found] if _is_for(site, option)]
-        fitting = []
-        for option in options:
-            reason = _reason(site, option, rank_multiple)
-            if reason is None:
-                fitting.append(option)
-            elif not entries[found].skip_unfit:
-                unfit.setdefault((found, str(option)), []).append(reason)
-        neutral = parse_option(_neutral(site))
-        chosen_sites.append(site)
-        chosen_options.append((neutral, *(o for o in fitting if o != neutral)))
-    for (entry, text), reasons in unfit.items():
-        count = f"{len(reasons)} site" + ("s" if len(reasons) > 1 else "")
-        problems.append(f'space[{entry + 1}].options: "{text}" does not fit {count}: {reasons[0]}')
-    problems += _unmatched(sites, entries, matched)
-    if problems:
-        raise InvalidInput("\n".join(problems))
-    return Space(tuple(chosen_sites), tuple(chosen_options))
-
-
-def _parse_entries(entries: Sequence[Entry], problems: list[str]) -> list[list[Option]]:
-    parsed: list[list[Option]] = []
-    for number, entry in enumerate(entries, 1):
-        options: list[Option] = []
-        for text in entry.options:
-            try:
-                option = parse_option(text)
-            except InvalidInput as error:
-                problems.append(f"space[{number}].options: {error}")
-                continue
-            reason = unrealized(option)
-            if reason is not None:
-                problems.append(f'space[{number}].options: "{text}": {reason}')
-            elif option not in options:
-                options.append(option)
-        parsed.append(options)
-    return parsed
-
-
-def _entry_of(
-    site: Site,
-    sites: Sequence[Site],
-    entries: Sequence[Entry],
-    parsed: Sequence[Sequence[Option]],
-    matched: set[tuple[int, str]],
-) -> int | None:
-    """The first entry with an option for this kind of site one of whose patterns names it."""
-    decided: int | None = None
-    around = [s for s in sites if s.is_structure and _lies_in(site, s)]
-    for number, entry in enumerate(entries):
-        fits = any(_is_for(site, option) for option in parsed[number])
-        for pattern in entry.sites:
-            everything = pattern.rpartition(":")[2] == "*"
-            direct = site_matches(site, pattern) and not (site.optional and everything)
-            below = not site.is_structure and any(site_matches(s, pattern) for s in around)
-            # An entry of wrong options only has been told of; its patterns may be right.
-            if (direct or below) and (fits or not parsed[number]):
-                matched.add((number, pattern))
-                if fits and decided is None:
-                    decided = number
-    return decided
-
-
-def _lies_in(site: Site, structure: Site) -> bool:
-    return bool(site.members) and site.members[0].path.startswith(structure.name + ".")
-
-
-def _neutral(site: Site) -> str:
-    if site.choices:
-        return OPERATION + site.choices[0]
-    return KEEP if site.is_structure else DENSE
-
-
-def _is_for(site: Site, option: Option) -> bool:
-    """Whether the option is of the site's kind."""
-    if site.choices or option.operation is not None:
-        return bool(site.choices) and option.operation is not None
-    return option.is_structure == site.is_structure
-
-
-def _reason(site: Site, option: Option, rank_multiple: int) -> str | None:
-    if site.choices:
-        return _unknown_alternative(site, option)
-    if site.written_back and (reason := not_written_back(option)):
-        return reason
-    found = (refusal(option, member.shape, rank_multiple) for member in site.members)
-    return next((reason for reason in found if reason is not None), None)
-
-
-def _unknown_alternative(site: Site, option: Option) -> str | None:
-    if option.operation in site.choices:
-        return None
-    near = get_close_matches(str(option.operation), site.choices, n=1)
-    hint = f"; nearest: {OPERATION}{near[0]}" if near else ""
-    return f"{site.name} has {', '.join(OPERATION + name for name in site.choices)}{hint}"
-
-
-def _unmatched(
-    sites: Sequence[Site], entries: Sequence[Entry], matched: set[tuple[int, str]]
-) -> list[str]:
-    names = [n for s in sites for n in (s.name, f"{s.kind}:{s.name}")]
-    kinds = sorted({f"{s.kind}:*" for s in sites})
-    candidates = sorted({_generalized(name) for name in names}) + kinds
-    problems = []
-    for number, entry in enumerate(entries):
-        for pattern in entry.sites:
-            if (number, pattern) in matched or entry.skip_unfit:
-                continue
-            place = f'space[{number + 1}].sites: "{pattern}"'
-            if any(site_matches(s, pattern) for s in sites):
-                problems.append(f"{place} names only sites that no option here is for; {KINDS}")
-                continue
-            near = get_close_matches(pattern, candidates, n=1, cutoff=0.5)
-            hint = ""
-            if near:
-                count = sum(site_matches(s, near[0]) for s in sites)
-                hint = f'; nearest: "{near[0]}" ({count} site{"s" if count != 1 else ""})'
-            problems.append(f"{place} matches no site{hint}")
-    return problems
-
-
-def _generalized(name: str) -> str:
-    """A pattern that a user would write for this name: "*.self_attn.*" or "*.mlp"."""
-    kind, colon, path = name.rpartition(":")
-    parts = path.split(".")
-    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
-    if not numbered:
-        return name
-    rest = parts[numbered[-1] + 1 :]
-    if not rest:
-        return f"{kind}{colon}*"
-    return f"{kind}{colon}*.{rest[0]}.*" if len(rest) > 1 else f"{kind}{colon}*.{rest[0]}"

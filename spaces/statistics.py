@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from apportion.files import write_whole
+from apportion.hashing import tensors_hash
 from apportion.spaces.compressors.compose import InputStatistics
 
 COUNT = ":n"
@@ -53,3 +54,30 @@ def read_statistics(path: Path, site: str) -> InputStatistics | None:
             return None
         tokens = int(file.get_tensor(f"{site}{COUNT}"))
         return InputStatistics(file.get_tensor(site), tokens)
+
+
+class StatisticsFiles:
+    """Input statistics of sites, each in a file of several; one site's are held at a time."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """Takes the file of each site, by its name."""
+        self._files = files
+        self._last: tuple[str, InputStatistics | None] | None = None
+
+    def of(self, site: str) -> InputStatistics | None:
+        """A site's statistics, the same object until another site's are asked for.
+
+        Raises:
+            OSError, SafetensorError: like `read_statistics`.
+        """
+        if self._last is None or self._last[0] != site:
+            self._last = None
+            self._last = (site, read_statistics(self._files[site], site))
+        return self._last[1]
+
+    def hash(self, site: str) -> str | None:
+        """Content hash of a site's statistics; None where it has none. Raises like `of`."""
+        found = self.of(site)
+        if found is None:
+            return None
+        return tensors_hash({"m": found.second_moment, "n": torch.tensor(found.tokens)})

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from apportion.errors import ApportionError, InvalidInput
 from apportion.spaces.apply import Dropped, bias_of
 from apportion.spaces.batches import call, main_tensor
 from apportion.spaces.choice import OPERATION, choice_at
+from apportion.spaces.narrowing import shared_copy
 from apportion.spaces.sites import Site
-from apportion.spaces.space import DENSE, DROP, Configuration, Space
+from apportion.spaces.space import DENSE, DROP, KEEP, Configuration, Space
 from apportion.spaces.views import parameter_at, set_parameter
 from apportion.workers.objectives import Objective, dense_loss, negative_log_likelihood
 from apportion.workers.prefix import Blocks, Gate, execution_order, size_bytes
@@ -32,6 +34,15 @@ class Evaluate:
     part: Part
     first_window: int
     windows: int
+
+    @property
+    def size(self) -> int:
+        """Windows."""
+        return self.windows
+
+    def failed(self, reason: str, seconds: float, error_class: str) -> "Evaluation":
+        """An evaluation without a loss."""
+        return Evaluation(None, None, reason, seconds, error_class)
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ class Evaluator:
         self._neutral = space.canonical({})
         self._current = dict(self._neutral)
         self._forward_without_cache()
+        # Before anything is replaced: what treatments narrow is the dense model.
+        self._untouched = shared_copy(self.model)
         self._watch_blocks([site.name for site in blocks])
         members = [member for site in space.sites for member in site.members]
         self._layers = {
@@ -254,17 +267,20 @@ class Evaluator:
             if site.choices:
                 choice_at(self.model, site.name).select(option.removeprefix(OPERATION))
             elif site.is_structure:
-                self._set_dropped(site, option == DROP)
+                self._gates[site.name].replacement = self._replacement(site, option)
             elif site.written_back:
                 self._set_parameters(site, option)
             else:
                 self._set_layers(site, option)
             self._current[site.name] = option
 
-    def _set_dropped(self, site: Site, dropped: bool) -> None:
-        gate = self._gates[site.name]
-        module = self.model.get_submodule(site.name)
-        gate.replacement = Dropped(site, module).eval() if dropped else None
+    def _replacement(self, site: Site, option: str) -> nn.Module | None:
+        """What runs in the place of a sub-block."""
+        if option == KEEP:
+            return None
+        if option == DROP:
+            return Dropped(site, self.model.get_submodule(site.name)).eval()
+        return self._store.treated(site, option, self._untouched)
 
     def _set_layers(self, site: Site, option: str) -> None:
         paths = [member.module for member in site.members]

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from apportion.errors import ApportionError
-from apportion.kernels.formats import StoredWeight
 from apportion.kernels.reference import ReferenceLayer, reference_weight
+from apportion.spaces.apply import bias_of
 from apportion.spaces.bank import Bank
+from apportion.spaces.narrowing import narrowed_copy
 from apportion.spaces.sites import Site
+from apportion.spaces.stored import StoredSite
 from apportion.spaces.views import written
 
 Index = Mapping[str, Mapping[str, str]]
@@ -18,7 +20,7 @@ Index = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Realized:
-    """A site under an option: a layer for each member, or values by parameter name."""
+    """A site under an option: its layers, a treated sub-block, or values by parameter name."""
 
     layers: list[nn.Module]
     parameters: dict[str, Tensor]
@@ -51,7 +53,7 @@ class RealizedStore:
         def realize() -> Realized:
             layers: list[nn.Module] = [
                 ReferenceLayer(reference_weight(stored), bias, stored.format, stored.shape).eval()
-                for stored, bias in zip(self._stored(site, option), biases, strict=True)
+                for stored, bias in zip(self._stored(site, option).weights, biases, strict=True)
             ]
             return Realized(layers, {})
 
@@ -70,10 +72,35 @@ class RealizedStore:
         """
 
         def realize() -> Realized:
-            matrices = [reference_weight(stored) for stored in self._stored(site, option)]
+            matrices = [reference_weight(stored) for stored in self._stored(site, option).weights]
             return Realized([], written(dense, site.members, matrices))
 
         return self._hold(site, option, realize).parameters
+
+    def treated(self, site: Site, option: str, dense: nn.Module) -> nn.Module:
+        """The narrower sub-block of a treatment.
+
+        Args:
+            site: a structure site with a width.
+            option: the treatment.
+            dense: a module in which the dense sub-block has the site's path.
+
+        Raises:
+            ApportionError: the bank does not hold the option.
+        """
+
+        def realize() -> Realized:
+            stored = self._stored(site, option)
+            narrow = narrowed_copy(dense, site, stored.kept or ())
+            members = [member for group in site.groups for member in group]
+            for member, weight in zip(members, stored.weights, strict=True):
+                path = member.module.removeprefix(site.name + ".")
+                values, bias = reference_weight(weight), bias_of(narrow, path)
+                layer = ReferenceLayer(values, bias, weight.format, weight.shape)
+                narrow.set_submodule(path, layer.eval())
+            return Realized([narrow], {})
+
+        return self._hold(site, option, realize).layers[0]
 
     def _hold(self, site: Site, option: str, realize: Callable[[], Realized]) -> Realized:
         """What is held, or is realized now; the oldest is given up beyond the budget."""
@@ -87,7 +114,7 @@ class RealizedStore:
             self.used_bytes -= oldest.nbytes
         return self._held[key]
 
-    def _stored(self, site: Site, option: str) -> list[StoredWeight]:
+    def _stored(self, site: Site, option: str) -> StoredSite:
         try:
             entry = self.index[site.name][option]
         except KeyError as error:

@@ -16,7 +16,8 @@ SHORT = 8  # those are scored on an 8th of the full slice first
 
 def sub_blocks(problem: Problem) -> list[tuple[int, int]]:
     """(site, drop option) of the sites that may be dropped and void no other such site."""
-    drops: NDArray[np.bool_] = problem.drops & problem.present
+    removes = problem.drops if problem.removes is None else problem.removes
+    drops: NDArray[np.bool_] = removes & problem.present
     droppable: NDArray[np.bool_] = np.any(drops, axis=1)
     holds_another = np.zeros(problem.sites, dtype=np.bool_)
     for level in reversed(problem.levels[1:]):

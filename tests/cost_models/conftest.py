@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from apportion.spaces.batches import frozen
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import Entry, Space, build_space
+from apportion.spaces.entries import Entry, build_space
+from apportion.spaces.space import Space
 
 WIDTH = 64
 OPTIONS = ("dense", "bf16", "w8a8", "w4g64", "s60%", "r25%", "s50%+w4g64", "w3g32+r4")

@@ -6,7 +6,7 @@ import torch
 from apportion.cost_models.operators import (
     Given,
     built_layers,
-    candidate_operators,
+    candidate_programs,
     copies_of,
     nonzeros_of,
     observe,
@@ -28,14 +28,14 @@ GIVEN = Given((4, 8, 64), "float32")
 
 def candidates(tiny, space, text: str) -> dict[str, str]:
     site = space.sites[space.weight_sites[0]]
-    found = candidate_operators(tiny, site, parse_option(text), GIVEN, 1, 8)
-    return {operator.implementation: operator.key for operator in found}
+    found = candidate_programs(tiny, site, parse_option(text), [GIVEN], 1, 8)
+    return {operator.implementation: operator.key for (operator,) in found}
 
 
 @pytest.mark.parametrize(
     "text",
     ["bf16", "w8", "w3g64", "w1.58g32", "s60%", "2:4", "r50%", "s50%+w4g32", "w2g64+r4"]
-    + ["w3g16+o1%", "s50%+w4+o5%+r4"],
+    + ["w3g16+o1%", "s50%+w4+o5%+r4", "w4g32:awq"],
 )
 def test_random_weights_are_stored_in_the_format(text: str) -> None:
     option = parse_option(text)
@@ -48,7 +48,7 @@ def test_random_weights_are_stored_in_the_format(text: str) -> None:
 
 def test_observed_inputs_are_those_of_the_run(tiny, space, sample) -> None:
     seen = observe(tiny, space, lambda: tiny(sample))
-    assert seen["blocks.1.mlp.gate+up"] == Given((4, 8, 64), "float32")
+    assert seen["blocks.1.mlp.gate"] == Given((4, 8, 64), "float32")
     assert seen["blocks.0.mlp.down"] == Given((4, 8, 128), "float32")
 
 
@@ -60,8 +60,8 @@ def test_observed_inputs_leave_out_what_is_written_back(memory) -> None:
 
 def test_operators_of_like_sites_are_one(tiny, space) -> None:
     first, second = (space.sites[space.index(f"blocks.{n}.mlp.gate+up")] for n in (0, 1))
-    assert original_operator(tiny, first, GIVEN, 1).key == (
-        original_operator(tiny, second, GIVEN, 1).key
+    assert original_operator(tiny, first.members, GIVEN, 1).key == (
+        original_operator(tiny, second.members, GIVEN, 1).key
     )
 
 
@@ -78,7 +78,7 @@ def test_operators_that_unpack_do_not_depend_on_the_format(tiny, space) -> None:
 
 def test_operator_runs_every_member_on_one_input(tiny, space) -> None:
     site = space.sites[space.index("blocks.0.mlp.gate+up")]
-    operator = candidate_operators(tiny, site, parse_option("bf16"), GIVEN, 1, 8)[0]
+    ((operator,), *_) = candidate_programs(tiny, site, parse_option("bf16"), [GIVEN], 1, 8)
     layers = built_layers(operator, 2, 0)
     assert [layer(torch.randn(GIVEN.shape)).shape for layer in layers[0]] == [(4, 8, 128)] * 2
 
@@ -86,7 +86,7 @@ def test_operator_runs_every_member_on_one_input(tiny, space) -> None:
 def test_rotation_takes_the_copies_in_turn(tiny, space) -> None:
     site = space.sites[space.index("blocks.0.mlp.down")]
     given = Given((1, 128), "float32")
-    copies = original_layers(tiny, site, original_operator(tiny, site, given, 1), 3)
+    copies = original_layers(tiny, site.members, 3)
     called: list[int] = []
     for number, (layer,) in enumerate(copies):
         layer.register_forward_hook(lambda *_, number=number: called.append(number))
@@ -98,6 +98,6 @@ def test_rotation_takes_the_copies_in_turn(tiny, space) -> None:
 
 def test_copies_cover_the_footprint(tiny, space) -> None:
     site = space.sites[space.index("blocks.0.mlp.down")]
-    operator = original_operator(tiny, site, GIVEN, 1)
+    operator = original_operator(tiny, site.members, GIVEN, 1)
     assert copies_of(operator, 3.5 * operator.dense_bytes) == 4
     assert copies_of(operator, 0) == 1

@@ -14,8 +14,9 @@ from apportion.cost_models.recorded import read_recorded, write_recorded
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.rows import shape_of
 from apportion.cost_models.session import Timing
-from apportion.cost_models.whole_model import compare_models, shared_copy
+from apportion.cost_models.whole_model import compare_models
 from apportion.errors import InvalidInput
+from apportion.spaces.narrowing import shared_copy
 
 REQUEST = [RequestItem("forward", batch=2), RequestItem("forward", batch=4, count=3)]
 QUICK = Timing(operator_seconds=0.005, model_seconds=0.01)

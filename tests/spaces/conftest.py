@@ -10,12 +10,17 @@ from apportion.kernels.registry import serving
 from apportion.spaces.apply import member_weight
 from apportion.spaces.artifact import Plan
 from apportion.spaces.batches import frozen
-from apportion.spaces.compressors.compose import format_of, realize
+from apportion.spaces.compressors.compose import realize
+from apportion.spaces.compressors.treatment import realize_treatment
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import Entry, Space, build_space
+from apportion.spaces.entries import Entry, build_space
+from apportion.spaces.parts import parts
+from apportion.spaces.space import Space
+from apportion.spaces.stored import StoredSite
 
 LAYERS, WIDTH, WORDS = 3, 32, 96
 FAMILIES = ("llama", "qwen3", "opt", "gpt2")
+TREATMENTS = ("c50%", "c50%+w8", "c75%+s50%", "c50%+w4g16+r4")
 WEIGHTS = ("dense", "bf16", "w4g32", "w4g16s", "w8", "s50%", "r50%", "w3g32+r4", "s50%+w4g32")
 
 
@@ -208,7 +213,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def full_space() -> Callable[[str], Space]:
-    """family -> every weight site with all options that fit it, every structure site."""
+    """family -> every weight site and sub-block with all options that fit it."""
     made: dict[str, Space] = {}
 
     def build(family: str) -> Space:
@@ -216,7 +221,7 @@ def full_space() -> Callable[[str], Space]:
             sites = discover(_make(family), _batch(family)).sites
             entries = [
                 Entry(("*",), WEIGHTS, skip_unfit=True),
-                Entry(("*",), ("keep", "drop"), skip_unfit=True),
+                Entry(("*",), ("keep", "drop", *TREATMENTS), skip_unfit=True),
             ]
             made[family] = build_space(sites, entries)
         return made[family]
@@ -229,21 +234,24 @@ def make_plan() -> Callable[..., Plan]:
     """A plan without statistics that takes the first implementation that serves."""
 
     def stored(model, dtype):
-        return lambda site, option: [
-            realize(member_weight(model, m).float(), m.shape, option, None, dtype)
-            for m in site.members
-        ]
+        def of(site, option):
+            weights = [member_weight(model, m).float() for group in site.groups for m in group]
+            if option.narrows:
+                unknown = [None] * len(site.groups)
+                return realize_treatment(weights, site.width, option, unknown, dtype)
+            pairs = zip(weights, site.members, strict=True)
+            made = (realize(weight, m.shape, option, None, dtype) for weight, m in pairs)
+            return StoredSite(tuple(made))
+
+        return of
 
     def build(model, space, configuration, dtype="float32"):
         names = {
             site.name: {
-                str(option): serving(
-                    format_of(option, site.members[0].shape, dtype),
-                    [m.shape for m in site.members],
-                    "cpu",
-                )[0].name
+                str(option): serving(part.formats[0], part.shapes, "cpu")[0].name
                 for option in row
-                if site.members and str(option) != "dense"
+                if option.narrows or (site.members and str(option) != "dense")
+                for part in parts(site, option, dtype)
             }
             for site, row in zip(space.sites, space.options, strict=True)
         }

@@ -125,7 +125,7 @@ def test_apply_option_everywhere_equals_its_reference_weights(
     plan = make_plan(copy.deepcopy(dense), space, {})
     assert having
     for site in having:
-        stored = plan.stored(site, parse_option(option))
+        stored = plan.stored(site, parse_option(option)).weights
         for member, weight in zip(site.members, stored, strict=True):
             member_weight(dense, member).copy_(reference_weight(weight))
     model = applied(family, {site.name: option for site in having})
@@ -144,7 +144,7 @@ def test_apply_written_back_equals_weights_replaced_by_hand(
     parameters = dict(dense.named_parameters())
     for site in sites:
         for member, weight in zip(
-            site.members, plan.stored(site, parse_option("w4g16s")), strict=True
+            site.members, plan.stored(site, parse_option("w4g16s")).weights, strict=True
         ):
             parameter = parameters[f"{member.module}.{member.parameter}"]
             place = parameter if member.index is None else parameter[member.index]

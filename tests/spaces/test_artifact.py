@@ -16,9 +16,15 @@ from transformers import PreTrainedTokenizerFast
 import apportion
 from apportion.cost_models.static import weight_bytes
 from apportion.errors import InvalidInput
-from apportion.spaces.apply import apply
-from apportion.spaces.artifact import DESCRIPTION, REPORT, TENSORS, load, write
+from apportion.spaces.apply import apply, member_weight
+from apportion.spaces.artifact import DESCRIPTION, REPORT, TENSORS, Plan, write
 from apportion.spaces.batches import call, frozen, main_tensor
+from apportion.spaces.calibration import collect
+from apportion.spaces.compressors.compose import realize
+from apportion.spaces.discovery import discover
+from apportion.spaces.entries import Entry, build_space
+from apportion.spaces.loading import load
+from apportion.spaces.stored import StoredSite
 
 FAMILIES = ("llama", "qwen3", "opt", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 PYTHON = ("conv", "recurrent", "vision", "encoder")
@@ -107,6 +113,33 @@ def test_load_in_bfloat16_is_bit_equal(
     batch = batch.bfloat16() if family == "conv" else batch
     loaded = load(tmp_path / "artifact", model=build)
     assert torch.equal(output_of(loaded, batch), output_of(model, batch))
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("w4g32:awq", "linear.f32"), ("w4g32:awq", "int4pack.bf16"), ("w8:awq", "int8pack.bf16")],
+)
+def test_load_of_scaled_inputs_is_bit_equal(make_model, make_batch, tmp_path, text, name):
+    model, batch = make_model("llama"), make_batch("llama")
+    entries = [Entry(("*.self_attn.*", "*.mlp.*"), ("dense", text))]
+    space = build_space(discover(model, batch).sites, entries)
+    sites = {site.name: site for site in space.sites if site.members}
+    seen = collect(model, list(sites.values()), [batch])
+    weights = {m.module: member_weight(model, m).clone() for s in sites.values() for m in s.members}
+
+    def stored(site, option):
+        dense = [(weights[member.module], member.shape) for member in site.members]
+        made = (realize(w, shape, option, seen[site.name], "float32") for w, shape in dense)
+        return StoredSite(tuple(made))
+
+    plan = Plan(space, dict.fromkeys(sites, text), stored, dict.fromkeys(sites, {text: name}))
+    source = {"kind": "hf", "source": "there", "revision": "1", "dtype": "float32"}
+    write(tmp_path / "artifact", model, plan, source, {}, model.config.save_pretrained)
+    apply(model, space, plan.configuration, plan.stored, plan.implementations)
+    loaded = load(tmp_path / "artifact")
+    assert torch.equal(output_of(loaded, batch), output_of(model, batch))
+    packed = [each for each in load_file(tmp_path / "artifact" / TENSORS) if "packed" in each]
+    assert sum(each.endswith(".input_scale") for each in packed) == len(weights)
 
 
 def test_load_keeps_tied_embeddings_tied_and_written_once(written):

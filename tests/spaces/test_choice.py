@@ -19,7 +19,7 @@ from apportion.spaces.artifact import TENSORS, write
 from apportion.spaces.batches import frozen
 from apportion.spaces.choice import Choice
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import Entry, build_space
+from apportion.spaces.entries import Entry, build_space
 
 WIDTH = 16
 OPTIONS = ("op:wide", "op:narrow", "op:skip")
@@ -228,7 +228,7 @@ def test_profile_times_each_kind_of_alternative_once(net, sample, space):
     )  # fmt: skip
     for place in (space.index("stem"), space.index("blocks.0.mlp"), space.index("blocks.1.mlp")):
         assert min(profile.rows[place]) == 0
-    assert sum(":op:" in str(stored) for stored in store.values()) >= 4
+    assert sum(":op:" in str(stored) for stored in store.values()) >= 2
     first, second = (profile.rows[space.index(f"blocks.{number}.mlp")] for number in (0, 1))
     assert first == second
     again = measure_profile(

@@ -8,7 +8,7 @@ import pytest
 from apportion.cost_models.static import site_bytes
 from apportion.errors import InvalidInput
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import Entry, build_space
+from apportion.spaces.entries import Entry, build_space
 
 QKV = "model.layers.{}.self_attn.q_proj+k_proj+v_proj"
 EVERYTHING = [Entry(("*",), ("w4g32", "w8")), Entry(("*",), ("keep", "drop"))]
@@ -101,8 +101,8 @@ def test_build_space_options_of_another_kind_are_told(sites):
     (line,) = refused(sites, Entry(("*.down_proj",), ("keep", "drop")))
     assert line == (
         'space[1].sites: "*.down_proj" names only sites that no option here is for; '
-        "keep and drop are for blocks and sub-blocks, op:NAME for choice blocks, "
-        "all others for weights"
+        "keep and drop are for blocks and sub-blocks, cP% for those of them whose width can change "
+        "(apportion sites), op:NAME for choice blocks, all others for weights"
     )
 
 
@@ -157,7 +157,7 @@ def test_canonical_of_random_configurations_is_what_the_tree_says(space):
     for _ in range(100):
         config = tuple(generator.randrange(len(row)) for row in space.options)
         drawn = {s.name: space.texts[i][config[i]] for i, s in enumerate(space.sites)}
-        gone = tuple(name + "." for name, text in drawn.items() if text == "drop")
+        gone = tuple(f"{name}." for name, text in drawn.items() if text[0] == "c" or text == "drop")
         canonical = space.configuration(config)
         for place, (name, text) in enumerate(drawn.items()):
             # A group's name starts with its holder's, as the name of every site in a module does.

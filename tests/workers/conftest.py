@@ -20,6 +20,8 @@ from transformers import (
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import Bank
 from apportion.spaces.compressors.compose import realize
+from apportion.spaces.compressors.treatment import realize_treatment
+from apportion.spaces.stored import StoredSite
 from apportion.workers.spec import WorkerSpec, open_setting
 
 Descendants = Callable[[int], set[int]]
@@ -62,12 +64,18 @@ def fill_bank(spec: WorkerSpec) -> None:
     bank, index = Bank(Path(spec["bank"])), {}
     for site, options in zip(setting.space.sites, setting.space.options, strict=True):
         index[site.name] = {}
-        for option in () if site.is_structure else options[1:]:
+        weights = [member_weight(setting.opened.model, m) for group in site.groups for m in group]
+        for option in options[1:]:
             key = f"{len(index):02}{option}".replace("%", "p")
-            stored = [
-                realize(member_weight(setting.opened.model, m), m.shape, option, None, "float32")
-                for m in site.members
-            ]
+            if option.narrows:
+                unknown = [None] * len(site.groups)
+                stored = realize_treatment(weights, site.width, option, unknown, "float32")
+            elif site.is_structure:
+                continue
+            else:
+                pairs = zip(weights, site.members, strict=True)
+                made = (realize(w, m.shape, option, None, "float32") for w, m in pairs)
+                stored = StoredSite(tuple(made))
             bank.put(key, stored)
             index[site.name][str(option)] = key
     Path(spec["index"]).write_text(json.dumps(index))
@@ -98,7 +106,7 @@ def spec(home: Path) -> WorkerSpec:
         batch=4,
         space=[
             [["*.self_attn.*", "*.mlp.*"], ["dense", "w4g32", "bf16", "s50%"]],
-            [["attention:*", "mlp:*", "block:*"], ["keep", "drop"]],
+            [["attention:*", "mlp:*", "block:*"], ["keep", "drop", "c50%", "c50%+w4g16"]],
         ],
         rank_multiple=8,
         bank=str(home / "bank"),

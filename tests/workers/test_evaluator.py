@@ -13,6 +13,7 @@ from apportion.workers.evaluator import Evaluate, Evaluator
 from apportion.workers.spec import WorkerSpec, build_evaluator
 
 ATTENTION = "model.layers.{}.self_attn.q_proj+k_proj+v_proj"
+MLP = "model.layers.{}.mlp"
 DOWN = "model.layers.{}.mlp.down_proj"
 CONFIGURATIONS = [
     {DOWN.format(2): "w4g32"},
@@ -22,6 +23,10 @@ CONFIGURATIONS = [
     {"model.layers.1": "drop", DOWN.format(2): "w4g32"},
     {"model.layers.0.self_attn": "drop", "model.layers.2.mlp": "drop"},
     {ATTENTION.format(0): "s50%", DOWN.format(0): "bf16"},
+    {MLP.format(1): "c50%", DOWN.format(0): "w4g32"},
+    {MLP.format(1): "c50%+w4g16", DOWN.format(2): "w4g32"},
+    {MLP.format(1): "c50%+w4g16", MLP.format(2): "c50%", "model.layers.0": "drop"},
+    {MLP.format(2): "drop", MLP.format(0): "c50%"},
     {DOWN.format(2): "w4g32"},
     {},
 ]
@@ -91,6 +96,31 @@ def test_void_sites_do_not_matter(evaluator: Evaluator) -> None:
     np.testing.assert_array_equal(losses(evaluator, dropped), losses(evaluator, under))
 
 
+def test_sites_under_a_narrower_sub_block_do_not_matter(evaluator: Evaluator) -> None:
+    narrow = {MLP.format(1): "c50%"}
+    under = narrow | {DOWN.format(1): "w4g32"}
+    np.testing.assert_array_equal(losses(evaluator, narrow), losses(evaluator, under))
+
+
+def test_narrower_sub_block_loses_what_zero_channels_lose(
+    evaluator: Evaluator, spec: WorkerSpec
+) -> None:
+    from apportion.workers.spec import open_setting
+
+    setting, name = open_setting(spec), MLP.format(1)
+    kept = evaluator._store.bank.get(evaluator._store.index[name]["c50%"]).kept
+    assert kept is not None and len(kept) == 32
+    gone = sorted(set(range(64)) - set(kept))
+    batch = evaluator.chunks("search")[0].batch
+    with torch.inference_mode():
+        dense = setting.opened.model(**batch)
+        setting.opened.model.get_submodule(DOWN.format(1)).weight[:, gone] = 0
+        sums, _ = setting.objective.measure(setting.opened.model(**batch), batch, dense)
+    found = losses(evaluator, {name: "c50%"}, 0, 4)
+    np.testing.assert_allclose(found, sums, rtol=1e-3)
+    assert found.all()
+
+
 def test_reference_semantics_equal_weights_written_back(
     evaluator: Evaluator, spec: WorkerSpec
 ) -> None:
@@ -98,7 +128,7 @@ def test_reference_semantics_equal_weights_written_back(
     from apportion.workers.spec import open_setting
 
     setting, name = open_setting(spec), DOWN.format(1)
-    stored = evaluator._store.bank.get(evaluator._store.index[name]["w4g32"])[0]
+    stored = evaluator._store.bank.get(evaluator._store.index[name]["w4g32"]).weights[0]
     batch = evaluator.chunks("search")[0].batch
     with torch.inference_mode():
         dense = setting.opened.model(**batch)
