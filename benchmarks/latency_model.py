@@ -45,7 +45,8 @@ from apportion.hashing import content_hash
 from apportion.spaces.batches import frozen
 from apportion.spaces.compressors.compose import RANK_MULTIPLE
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import DENSE, Entry, Space, build_space
+from apportion.spaces.entries import Entry, build_space
+from apportion.spaces.space import DENSE, Space
 from apportion.studies.specification import load
 from apportion.workers.device_lock import processor_lock
 from apportion.workers.processes import THREAD_VARIABLES

@@ -21,6 +21,7 @@ from apportion.spaces.calibration import collect
 from apportion.spaces.compressors.compose import RANK_MULTIPLE, InputStatistics, realize
 from apportion.spaces.grammar import parse_option
 from apportion.spaces.sites import Site
+from apportion.spaces.stored import StoredSite
 from apportion.studies.specification import load
 from apportion.workers.evaluator import Evaluate, Evaluator
 from apportion.workers.realized import RealizedStore
@@ -126,7 +127,7 @@ class ShippedOptions:
             for member in site.members
         ]
         key = self._index[site.name][option] = content_hash([site.name, option])
-        self._bank.put(key, stored)
+        self._bank.put(key, StoredSite(tuple(stored)))
         return [(member.module, each) for member, each in zip(site.members, stored, strict=True)]
 
 

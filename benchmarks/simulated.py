@@ -210,9 +210,9 @@ def undisturbed(plan: Plan) -> list[Any]:
     return found
 
 
-def build(spec: Any) -> Simulated:
+def build(spec: Any) -> Callable[[Evaluate], Evaluation]:
     """What a worker of a pool runs."""
-    return Simulated(**spec["simulated"])
+    return Simulated(**spec["simulated"]).evaluate
 
 
 @contextmanager

@@ -21,14 +21,13 @@ from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import NewTrial
 from apportion.studies.evaluations import Runner
 from apportion.studies.judging import Judging
+from apportion.studies.pools import open_pool
 from apportion.studies.pricing import Prices
 from apportion.studies.spool import Spool
 from apportion.studies.stages import compress, discover, profile
 from apportion.studies.stages.search import Candidate, Progressed, Search, check_limits
-from apportion.workers.cluster_pool import ClusterPool
 from apportion.workers.pool import InProcessPool, Pool
-from apportion.workers.ray_pool import RayPool
-from apportion.workers.spec import build_evaluator
+from apportion.workers.spec import build_beside_others, build_evaluator
 
 MOST_ROUNDS = 3
 
@@ -199,15 +198,13 @@ def _search(
 def _pool(context: Context, index: dict[str, dict[str, str]]) -> Iterator[Pool]:
     """The workers, ended in any case."""
     spec = worker_spec(context.spec, context.home, _index_file(context, index))
-    pool: Pool
-    if context.cluster is not None:
-        pool = ClusterPool(context.cluster, spec, context.workers, context.display.warning)
-    elif context.workers == 1:
+
+    def in_process() -> InProcessPool:
         evaluator = build_evaluator(spec)
         evaluator.check()
-        pool = InProcessPool(evaluator.evaluate, on_overdue=context.tell_overdue)
-    else:
-        pool = RayPool(spec, context.workers)
+        return InProcessPool(evaluator.evaluate, on_overdue=context.tell_overdue)
+
+    pool = open_pool(context, spec, build_beside_others, in_process)
     try:
         yield pool
     finally:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from apportion.cost_models.fingerprint import fingerprint_hash
 from apportion.cost_models.harness import Measurement
 from apportion.errors import InvalidInput
 from apportion.spaces.grammar import Option
+from apportion.spaces.parts import kept_share
+from apportion.spaces.space import DROP
 from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Evaluation
 from apportion.studies.evaluations import Runner
@@ -294,9 +297,12 @@ class Judging:
             for place, (site, choice) in enumerate(zip(space.sites, candidate.config, strict=True))
         ]
         dropped: dict[str, int] = {}
+        widths: list[float] = []
         for site, option in options:
-            if str(option) == "drop":
+            if str(option) == DROP:
                 dropped[site.kind] = dropped.get(site.kind, 0) + 1
+            if site.width is not None and option.narrows:
+                widths.append(kept_share(site.width, option))
         loss = judged.loss
         return {
             "number": candidate.number,
@@ -310,6 +316,7 @@ class Judging:
             "latency_ms": judged.latency_ms,
             "sparsity": self._mean_share(candidate, _zeros),
             "rank": self._mean_share(candidate, _kept_by_rank),
+            "width": fmean(widths) if widths else 0.0,
             "dropped": dropped,
             "configuration": space.configuration(candidate.config),
         }

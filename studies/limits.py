@@ -129,7 +129,7 @@ def _unit(kind: str, text: str, unit: str) -> str:
         option = parse_option(unit)
     except InvalidInput as error:
         raise InvalidInput(f"limits.{kind}: {error}") from error
-    if option.is_structure:
+    if option.is_structure and not option.narrows:
         raise InvalidInput(
             f'limits.{kind}: "{text}": a unit is one weight option for all sites, '
             "such as dense or w4g64"

@@ -50,7 +50,7 @@ def _rows(found: Discovery, space: Space | None) -> list[SiteRow]:
             layers=len(site.members),
             weights=site.weights,
             options=_options(site, space),
-            note=_note(site, space, site.name in found.unreached),
+            note=_note(site, space, found),
         )
         for site in found.sites
     ]
@@ -68,16 +68,20 @@ def _options(site: Site, space: Space | None) -> list[str]:
     return list(space.texts[space.names[site.name]])
 
 
-def _note(site: Site, space: Space | None, unreached: bool) -> str:
+def _note(site: Site, space: Space | None, found: Discovery) -> str:
     if space is not None and site.name not in space.names:
         return "fixed: no entry of the space names it"
     if site.choices:
         return f"a choice block: runs one of {', '.join(site.choices)}"
+    if site.width is not None:
+        return f"cP% keeps some of its {site.width.units} {site.width.unit}s"
+    if site.name in found.fixed_widths:
+        return f"no cP%: {found.fixed_widths[site.name]}"
     if site.optional:
         return "only a site where a pattern names it"
     if site.written_back:
         return "written back: runs as dense does, no latency credit, no input statistics"
-    if unreached:
+    if site.name in found.unreached:
         return "not reached when it was tried: no input statistics unless calibration reaches it"
     is_grouped = any(m.shape.conv is not None and m.shape.conv.groups > 1 for m in site.members)
     return "no input statistics: a grouped convolution" if is_grouped else ""

@@ -11,6 +11,7 @@ from apportion.cost_models.static import bits, site_bytes, weight_bytes
 from apportion.errors import InvalidInput
 from apportion.search.solvers.exact import infeasibility
 from apportion.spaces.batches import call, no_gradients
+from apportion.spaces.degenerate import check_finite
 from apportion.studies.cli.display import Display
 from apportion.studies.cli.records import CheckReport, Need, OperatorCount
 from apportion.studies.context import RANK_MULTIPLE, worker_spec
@@ -19,6 +20,7 @@ from apportion.studies.home import Home
 from apportion.studies.limits import amount
 from apportion.studies.pricing import Prices
 from apportion.studies.specification import StudySpec
+from apportion.studies.stages.discover import check_choices
 from apportion.units import format_bytes
 from apportion.workers.evaluator import Budgets
 from apportion.workers.memory import available_bytes, memory_need
@@ -44,8 +46,8 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
     for found in samples.values():
         if found.note:
             display.warning(found.note)
-    if not any(site.members or site.choices for site in setting.space.sites):
-        raise InvalidInput("space: no weight site or choice block of the model has a choice")
+    check_choices(setting.space)
+    check_finite(setting.opened.model, setting.space.sites)
     _check_limits(spec, setting)
     _check_loss(spec, setting)
     for what, need in (("memory", memory(spec, setting, workers)), ("disk", disk(setting, home))):
@@ -99,11 +101,9 @@ def memory(spec: StudySpec, setting: Setting, workers: int) -> Need:
 def disk(setting: Setting, home: Home) -> Need:
     """Bytes that bank, cache and database take at most, and what is free."""
     stored = site_bytes(setting.opened.model, setting.space, RANK_MULTIPLE)
-    bank = sum(size for row in stored for text, size in row.items() if text != "dense")
-    inputs = [
-        setting.space.sites[place].members[0].shape.in_features
-        for place in setting.space.weight_sites
-    ]
+    neutral = ("dense", "keep")
+    bank = sum(size for row in stored for text, size in row.items() if text not in neutral)
+    inputs = [site.members[0].shape.in_features for site in setting.space.input_sites]
     cache = CALIBRATION_BYTES_PER_INPUT * sum(width * width for width in inputs)
     folder = next(p for p in (home.path, *home.path.parents) if p.exists())
     parts = {"bank": bank, "cache": cache}
@@ -114,8 +114,7 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
     """Refuse unknown units, and limits on bytes that the smallest configuration does not meet."""
     model, space = setting.opened.model, setting.space
     stored = site_bytes(model, space, RANK_MULTIPLE)
-    texts = dict.fromkeys(t for place in space.weight_sites for t in space.texts[place])
-    uniform = {t: space.uniform(t, stored) for t in texts if t != "dense"}
+    uniform = {text: space.uniform(text, stored) for text in space.uniform_texts}
     static = {
         "weight_bytes": weight_bytes(model, space, RANK_MULTIPLE),
         "bits": bits(model, space, RANK_MULTIPLE),

@@ -1,6 +1,6 @@
 """What configurations cost, and the problem that a solver is given: arrays, no models."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,13 +48,20 @@ class Prices:
 
     @property
     def drops(self) -> NDArray[np.bool_]:
-        """[sites, options] the options that drop a site."""
-        width = max(len(row) for row in self.space.texts)
-        drops = np.zeros((len(self.space.sites), width), dtype=bool)
-        for place, row in enumerate(self.space.texts):
-            for option, text in enumerate(row):
-                drops[place, option] = text == DROP
-        return drops
+        """[sites, options] the options that void what lies below a site."""
+        return self._marked(self.space.voiding)
+
+    @property
+    def removes(self) -> NDArray[np.bool_]:
+        """[sites, options] the options that leave nothing of a site."""
+        return self._marked([[text == DROP for text in row] for row in self.space.texts])
+
+    def _marked(self, marks: Sequence[Sequence[bool]]) -> NDArray[np.bool_]:
+        width = max(map(len, marks))
+        marked = np.zeros((len(marks), width), dtype=bool)
+        for place, row in enumerate(marks):
+            marked[place, : len(row)] = row
+        return marked
 
     def total(self, kind: str, config: Config) -> float:
         """One cost of a configuration, in the kind's unit."""
@@ -133,6 +140,7 @@ class Prices:
             parent=self.parent,
             neutral=np.zeros(sites, dtype=np.int64),
             drops=self.drops,
+            removes=self.removes,
             count=np.asarray([len(row) for row in self.space.texts], dtype=np.int64),
             uniform=dict(self.uniform),
         )

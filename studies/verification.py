@@ -126,8 +126,9 @@ def _loss(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     from safetensors import safe_open
 
     from apportion.spaces.apply import WRITTEN_BACK
-    from apportion.spaces.artifact import TENSORS, describe
+    from apportion.spaces.artifact import TENSORS
     from apportion.spaces.batches import call, no_gradients
+    from apportion.spaces.loading import describe
     from apportion.workers.spec import open_setting
 
     setting = open_setting(report["evaluation"])
@@ -152,7 +153,7 @@ def _loss(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loaded(folder: Path, report: Mapping[str, Any]) -> Any:
     """The artifact as a module; a `python:` model's code comes from where the study had it."""
-    from apportion.spaces.artifact import describe, load
+    from apportion.spaces.loading import describe, load
     from apportion.workers.sources import open_model
 
     source = describe(folder)["model"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from apportion.workers.bill import Bill
 from apportion.workers.cluster_worker import ClusterWorker
-from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.memory import share_bytes
 from apportion.workers.patience import Patience
 from apportion.workers.presence import Presence
@@ -16,6 +15,7 @@ from apportion.workers.ray_worker import Build
 from apportion.workers.resident import ResidentWatch
 from apportion.workers.slots import Slots
 from apportion.workers.spec import WorkerSpec, build_beside_others
+from apportion.workers.work import ResultOf, Work
 
 CLOSE_SECONDS = 5.0
 NOBODY = "no worker is alive: no node of the cluster has a free processor; the study waits for one"
@@ -47,7 +47,7 @@ class ClusterPool:
             spec: what a worker is made of, as on this machine.
             workers: how many.
             tell: is told when no worker has been alive for a while.
-            build: makes a worker's evaluator; a function that a worker can import.
+            build: makes what does a worker's work; a function that a worker can import.
             patience: gives the time limit of an evaluation.
             memory_bytes: the most that a worker on this machine may take, mapped files apart; by
                 default an equal share of its memory.
@@ -65,9 +65,9 @@ class ClusterPool:
             for _ in range(workers)
         ]
         self._slots = Slots(
-            [worker.evaluate for worker in self._workers],
+            [worker.run for worker in self._workers],
             self.bill,
-            together=lambda work: patience.together(work.windows),
+            together=lambda work: patience.together(work.size),
             begin=lambda place: self._workers[place].start(),
         )
 
@@ -76,7 +76,7 @@ class ClusterPool:
         """Executions that were lost with their worker."""
         return self.bill.recoveries
 
-    def submit(self, work: Evaluate) -> "Future[Evaluation]":
+    def submit(self, work: Work[ResultOf]) -> "Future[ResultOf]":
         """Queue work for the next free worker.
 
         Raises:

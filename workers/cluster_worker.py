@@ -9,7 +9,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from apportion.errors import ApportionError
-from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.patience import Patience
 from apportion.workers.presence import Presence
 from apportion.workers.processes import end_process
@@ -20,6 +19,7 @@ from apportion.workers.ray_worker import LIVES, Build, learned, memory_told, ove
 from apportion.workers.resident import ResidentWatch
 from apportion.workers.slots import Lost
 from apportion.workers.spec import WorkerSpec
+from apportion.workers.work import Result, Work
 
 # A worker waits so long for a machine's timing to end before it asks again.
 LOCK_SECONDS = 5.0
@@ -85,14 +85,14 @@ class ClusterWorker:
                     raise
                 self._cluster.refuse(self._where, error)
 
-    def evaluate(self, works: Sequence[Evaluate]) -> list[Evaluation]:
+    def run(self, works: Sequence[Work[Any]]) -> list[Result]:
         """Have the process do it.
 
         Raises:
             Lost: the process or its node died, or it was killed because of a limit.
             ApportionError: the pool is closing.
         """
-        limit = sum(self._patience.limit_seconds(work.windows) for work in works)
+        limit = sum(self._patience.limit_seconds(work.size) for work in works)
         while True:
             # Asked at the same time, answered first: whether it was alive when the work came.
             alive = self._actor.here.remote()

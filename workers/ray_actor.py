@@ -68,11 +68,11 @@ class EvaluatorActor:
     def build(
         self, spec: Any, make: Callable[[Any], Any], index: bytes | None = None, driver: Any = None
     ) -> None:
-        """Make the evaluator.
+        """Make what does the work.
 
         Args:
             spec: a `WorkerSpec`.
-            make: makes an evaluator of it.
+            make: makes a function of it that does one work.
             index: the bank's index, where this is a cluster's node.
             driver: `Whereabouts` of the driver, likewise.
         """
@@ -84,18 +84,18 @@ class EvaluatorActor:
             # The driver itself holds the lock of its own machine.
             if machine_name() != driver.machine:
                 self._lock = _beside_others
-        self._evaluator = make(spec)
+        self._do = make(spec)
 
     def here(self) -> None:
         """Answers as soon as the process is free."""
 
     def run(self, works: Sequence[Any]) -> list[Any] | None:
-        """Evaluate; an exception becomes a failure. None: this machine is being timed on."""
+        """Do it; an exception becomes a failure. None: this machine is being timed on."""
         from apportion.workers.pool import attempt
 
         try:
             with self._lock():
-                return [attempt(self._evaluator.evaluate, work) for work in works]
+                return [attempt(self._do, work) for work in works]
         except TimeoutError:
             return None
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 from apportion.errors import ApportionError
 from apportion.workers.bill import Bill
-from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.memory import share_bytes
 from apportion.workers.patience import MOST_TOGETHER, Patience
 from apportion.workers.ray_session import start_ray, temporary_folder
@@ -16,6 +15,7 @@ from apportion.workers.resident import ResidentWatch
 from apportion.workers.slots import Slots
 from apportion.workers.spec import WorkerSpec, build_beside_others
 from apportion.workers.watchdog import start_watchdog
+from apportion.workers.work import ResultOf, Work
 
 CLOSE_SECONDS = 5.0
 
@@ -45,7 +45,7 @@ class RayPool:
         Args:
             spec: what a worker is made of.
             workers: how many.
-            build: makes a worker's evaluator; a function that a worker can import.
+            build: makes what does a worker's work; a function that a worker can import.
             patience: gives the time limit of an evaluation.
             memory_bytes: the most that a worker may take, mapped files apart; by default an equal
                 share of the machine's memory.
@@ -69,9 +69,9 @@ class RayPool:
             patience = patience or Patience()
             self._start_workers(spec, workers, build, patience)
             self._slots = Slots(
-                [worker.evaluate for worker in self._processes],
+                [worker.run for worker in self._processes],
                 self.bill,
-                together=lambda work: min(together, patience.together(work.windows)),
+                together=lambda work: min(together, patience.together(work.size)),
             )
             stack.pop_all()
 
@@ -80,7 +80,7 @@ class RayPool:
         """Executions that were lost with their worker."""
         return self.bill.recoveries
 
-    def submit(self, work: Evaluate) -> "Future[Evaluation]":
+    def submit(self, work: Work[ResultOf]) -> "Future[ResultOf]":
         """Queue work for the next free worker. Raises ApportionError after `close`."""
         if self._slots is None:
             raise ApportionError("the pool is closed")

@@ -4,32 +4,28 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 from apportion.errors import ApportionError
 from apportion.units import format_bytes
 from apportion.workers.bill import Loss
-from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.patience import Patience
+from apportion.workers.pool import Do
 from apportion.workers.processes import end_process
 from apportion.workers.ray_actor import EvaluatorActor
 from apportion.workers.ray_calls import Calls, Died, Overdue
 from apportion.workers.resident import ResidentWatch
 from apportion.workers.slots import CLOSED, Lost
 from apportion.workers.spec import WorkerSpec
+from apportion.workers.work import Result, Work
 
 LIVES = 3
 
 
-class EvaluatorLike(Protocol):
-    """What a worker runs."""
-
-    def evaluate(self, work: Evaluate) -> Evaluation: ...
-
-
-Build = Callable[[WorkerSpec], EvaluatorLike]
+Build = Callable[[WorkerSpec], Do]
+"""Makes what does a worker's work; a function that a worker can import."""
 
 
 class RayWorker:
@@ -81,7 +77,7 @@ class RayWorker:
             ) from error
         self._build_patience.learn(1, time.monotonic() - begun)
 
-    def evaluate(self, works: Sequence[Evaluate]) -> list[Evaluation]:
+    def run(self, works: Sequence[Work[Any]]) -> list[Result]:
         """Have the process do it.
 
         Raises:
@@ -90,7 +86,7 @@ class RayWorker:
         """
         if not self._is_alive():
             raise Lost("died", "its worker was dead before", self._replace, by_work=False)
-        limit = sum(self._patience.limit_seconds(work.windows) for work in works)
+        limit = sum(self._patience.limit_seconds(work.size) for work in works)
         begun = time.monotonic()
         try:
             results = self._calls.wait(self._actor.run.remote(works), limit)
@@ -146,26 +142,26 @@ class RayWorker:
 
 def overdue(
     patience: Patience,
-    works: Sequence[Evaluate],
+    works: Sequence[Work[Any]],
     limit_seconds: float,
     replace: Callable[[], None],
     *,
     place_may_wait: bool = False,
 ) -> Lost:
     """The loss of work that took too long."""
-    usual = patience.usual_seconds(sum(work.windows for work in works))
+    usual = patience.usual_seconds(sum(work.size for work in works))
     comparison = "" if usual is None else f"; evaluations like it take {usual:.3g} s"
     reason = f"took longer than {limit_seconds:.3g} s"
     return Lost("timeout", reason, replace, comparison=comparison, place_may_wait=place_may_wait)
 
 
 def learned(
-    patience: Patience, works: Sequence[Evaluate], results: Sequence[Evaluation], seconds: float
-) -> list[Evaluation]:
+    patience: Patience, works: Sequence[Work[Any]], results: Sequence[Result], seconds: float
+) -> list[Result]:
     """The results, after patience was told of the `seconds` that they took together."""
     for work, result in zip(works, results, strict=True):
         if result.failure is None:
-            patience.learn(work.windows, seconds / len(works))
+            patience.learn(work.size, seconds / len(works))
     return list(results)
 
 

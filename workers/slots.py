@@ -4,21 +4,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from apportion.errors import ApportionError
 from apportion.workers.bill import Bill, Outcome
-from apportion.workers.evaluator import Evaluate, Evaluation
 from apportion.workers.waiting import Lost, Task, Waiting
+from apportion.workers.work import Result, ResultOf, Work
 
 __all__ = ["CLOSED", "Lost", "Slots", "Worker"]
 
-Worker = Callable[[Sequence[Evaluate]], Sequence[Evaluation]]
+Worker = Callable[[Sequence[Any]], Sequence[Result]]
 """Does what it is handed, in that order, or raises `Lost`."""
 LOSSES = 2
 CLOSED = "an evaluation was given up: the pool was closed"
 
 
-def alone(work: Evaluate) -> int:
+def alone(work: Work[Any]) -> int:
     """One at a time."""
     return 1
 
@@ -36,7 +37,7 @@ class Slots:
         workers: Sequence[Worker],
         bill: Bill,
         *,
-        together: Callable[[Evaluate], int] = alone,
+        together: Callable[[Work[Any]], int] = alone,
         begin: Callable[[int], None] | None = None,
     ) -> None:
         """Takes the workers.
@@ -62,7 +63,7 @@ class Slots:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Evaluate) -> "Future[Evaluation]":
+    def submit(self, work: Work[ResultOf]) -> "Future[ResultOf]":
         """Queue work for the next free worker.
 
         Raises:

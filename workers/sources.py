@@ -189,6 +189,10 @@ def _open_python_data(
         batches = _first_windows(batches, int(wanted))
     if not batches:
         raise InvalidInput(f"data.source: {function.source} returned no batch for {part}")
+    if not all(map(windows_in, batches)):
+        raise InvalidInput(
+            f"data.source: {function.source} returned a batch without any window for {part}"
+        )
     hashes = [tensors_hash(named_tensors(batch)) for batch in batches]
     return Samples(batches, None, content_hash(hashes), frozenset(hashes), None)
 

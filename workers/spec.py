@@ -12,10 +12,11 @@ from apportion.errors import InvalidInput
 from apportion.spaces.bank import Bank
 from apportion.spaces.batches import Batch, call, main_tensor, no_gradients
 from apportion.spaces.discovery import discover
+from apportion.spaces.entries import Entry, build_space
 from apportion.spaces.sites import Site
-from apportion.spaces.space import Entry, Space, build_space
+from apportion.spaces.space import Space
 from apportion.workers import user_code
-from apportion.workers.evaluator import Budgets, Evaluator
+from apportion.workers.evaluator import Budgets, Evaluate, Evaluation, Evaluator
 from apportion.workers.objectives import Objective, open_objective
 from apportion.workers.realized import Index, RealizedStore
 from apportion.workers.samples import Part, Samples
@@ -136,16 +137,26 @@ def build_evaluator(spec: WorkerSpec) -> Evaluator:
     return _evaluator(spec, open_setting(spec))
 
 
-def build_beside_others(spec: WorkerSpec) -> Evaluator:
-    """The same in a process that is not the machine's only one: weights are there once for all.
+def build_beside_others(spec: WorkerSpec) -> Callable[[Evaluate], Evaluation]:
+    """What evaluates in a process that is not the machine's only one.
 
     Raises:
         InvalidInput, OSError: like `build_evaluator`.
     """
+    return _evaluator(spec, open_beside_others(spec)).evaluate
+
+
+def open_beside_others(spec: WorkerSpec) -> Setting:
+    """`open_setting` in such a process: weights are there once for all. Raises InvalidInput."""
     torch.set_num_threads(spec["threads"])
     setting = open_setting(spec)
-    share_weights(setting.opened.model, Path(spec["bank"]).with_name("cache"))
-    return _evaluator(spec, setting)
+    share_weights(setting.opened.model, cache_folder(spec))
+    return setting
+
+
+def cache_folder(spec: WorkerSpec) -> Path:
+    """Where what can be made or fetched again is kept, beside the bank."""
+    return Path(spec["bank"]).with_name("cache")
 
 
 def open_bank(spec: WorkerSpec) -> Bank:

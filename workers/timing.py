@@ -179,9 +179,9 @@ def _builder(
     spec: "WorkerSpec", setting: "Setting", entry: Mapping[str, Any]
 ) -> "Callable[[], nn.Module]":
     """Makes the model of one configuration, from the bank's weights."""
-    from apportion.cost_models.whole_model import shared_copy
     from apportion.spaces.apply import apply
     from apportion.spaces.bank import Bank
+    from apportion.spaces.narrowing import shared_copy
     from apportion.workers.spec import read_index
 
     bank, index = Bank(Path(spec["bank"])), read_index(spec)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from apportion.workers.bill import Loss
-from apportion.workers.evaluator import Evaluate, Evaluation
+from apportion.workers.work import Result, Work
 
 
 class Lost(Exception):
@@ -53,8 +54,8 @@ class Task:
         is_alone: not to be handed to a worker with others.
     """
 
-    work: Evaluate
-    future: "Future[Evaluation]" = field(default_factory=Future)
+    work: Work[Any]
+    future: "Future[Any]" = field(default_factory=Future)
     seconds: float = 0.0
     losses: list[Lost] = field(default_factory=list)
     avoided: int | None = None
@@ -64,12 +65,13 @@ class Task:
         """Whether it is still wanted."""
         return self.future.running() or self.future.set_running_or_notify_cancel()
 
-    def failure(self) -> Evaluation:
+    def failure(self) -> Result:
         """What is known after the last loss."""
         first, last = self.losses[0], self.losses[-1]
         same = first.reason == last.reason
         told = f"{last.reason} twice" if same else f"{first.reason}, then {last.reason}"
-        return Evaluation(None, None, told + last.comparison, self.seconds, last.outcome)
+        failed: Result = self.work.failed(told + last.comparison, self.seconds, last.outcome)
+        return failed
 
 
 class Waiting:
@@ -103,7 +105,7 @@ class Waiting:
             self._changed.notify_all()
             return True
 
-    def take(self, place: int, together: Callable[[Evaluate], int]) -> list[Task]:
+    def take(self, place: int, together: Callable[[Work[Any]], int]) -> list[Task]:
         """Waits for tasks, several only where enough is left for the others; none at the end."""
         with self._changed:
             while not self.closed and place in self._expected:

@@ -125,6 +125,8 @@ class Point(TypedDict):
     """Share of the remaining sites' weights that is zero."""
     rank: float
     """Mean share of parameters kept by the sites that hold low-rank pairs; 0: none do."""
+    width: NotRequired[float]
+    """Mean share of heads or channels kept by the sub-blocks that are narrower; 0: none are."""
     dropped: dict[str, int]
     """Kind of structure site -> how many are dropped."""
     resident_bytes: int

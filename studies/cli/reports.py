@@ -28,9 +28,12 @@ def show_front(display: Display, report: Report) -> None:
     devices = list(dict.fromkeys(name for point in points for name in point["latency_ms"]))
     latency = [f"latency {d} ms" if len(devices) > 1 else "latency ms" for d in devices]
     columns = ["", "#", f"held-out {report['loss']}", *latency]
-    columns += ["size MB", "bits", "sparsity", "rank", "dropped"]
+    widths = ["width"] if any(point.get("width") for point in points) else []
+    columns += ["size MB", "bits", "sparsity", "rank", *widths, "dropped"]
     rows = [_front_row(point, devices, report["winner"]) for point in report["front"]]
     rows += [_front_row(u, devices, None, f"u {u['option']}") for u in report["uniform"]]
+    if not widths:
+        rows = [[*row[:-2], row[-1]] for row in rows]
     display.table(columns, rows, [*_footnotes(report, points), *report["notes"]])
 
 
@@ -48,6 +51,7 @@ def _front_row(
         f"{point['bits']:.2f}",
         _percent(point["sparsity"]),
         _percent(point["rank"]),
+        _percent(point.get("width", 0.0)),
         ", ".join(f"{count} {kind}" for kind, count in kinds if count) or UNKNOWN,
     ]
 

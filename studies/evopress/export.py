@@ -33,7 +33,8 @@ def export(chosen: Chosen, folder: Path) -> None:
     configuration = chosen.context.setting.space.canonical(chosen.point["configuration"])
     sites = chosen.context.setting.sites
     _refuse_alternatives(configuration, chosen.context.setting.space)
-    used = {t for t in configuration.values() if not (t == DENSE or parse_option(t).is_structure)}
+    options = [parse_option(text) for text in configuration.values()]
+    used = {str(o) for o in options if o.narrows or not (o.is_structure or str(o) == DENSE)}
     scale = bit_levels(used)
     levels = configuration_to_levels(configuration, sites, scale)
     drops = None
@@ -81,5 +82,5 @@ def _weights(chosen: Chosen, scale: BitLevels) -> Iterator[tuple[str, str, Tenso
         for level, text in scale.option_of.items():
             for option in (option for option in options if str(option) == text):
                 stored = chosen.stored(site, option)
-                for member, weight in zip(site.members, stored, strict=True):
+                for member, weight in zip(site.members, stored.weights, strict=True):
                     yield member.path, level, reference_weight(weight)

@@ -80,14 +80,21 @@ class Aggregates:
         return values
 
     def _weight_sites(self, configuration: Mapping[str, str]) -> list[tuple[float, frozenset[str]]]:
-        """(stored bits per weight, families) of each weight site, in the model's order."""
-        dropped = tuple(f"{site}." for site, text in configuration.items() if text == "drop")
+        """(stored bits per weight, families) of each weight site, in the model's order.
+
+        A treated sub-block stands for its weight sites, or for itself where none is a site.
+        """
+        above = {
+            f"{site}.": text
+            for site, text in configuration.items()
+            if text == "drop" or parse_option(text).narrows
+        }
+        alone = {s for s in above if not any(site.startswith(s) for site in configuration)}
         return [
-            (0.0, frozenset({DROPPED}))
-            if site.startswith(dropped)
-            else _treatment(text, self.dense_bits)
+            _treatment(next((above[s] for s in above if site.startswith(s)), text), self.dense_bits)
             for site, text in configuration.items()
             if not parse_option(text).is_structure
+            or (parse_option(text).narrows and f"{site}." in alone)
         ]
 
 
@@ -119,7 +126,8 @@ def _parted(
 @lru_cache(maxsize=4096)
 def _treatment(text: str, dense_bits: int) -> tuple[float, frozenset[str]]:
     option = parse_option(text)
-    return _stored_bits(option, dense_bits), _families(option)
+    bits = 0.0 if option.name == "drop" else _stored_bits(option, dense_bits)
+    return bits, _families(option)
 
 
 def _families(option: Option) -> frozenset[str]:

@@ -1,9 +1,7 @@
 """Calibrate and compress: the bank of realized options, each made once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from apportion.errors import ApportionError
 from apportion.hashing import content_hash, tensors_hash
@@ -11,31 +9,34 @@ from apportion.spaces.activations import Activations
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import entry_key
 from apportion.spaces.calibration import Sums
-from apportion.spaces.compressors.compose import InputStatistics, realize
+from apportion.spaces.degenerate import degeneracy
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
 from apportion.spaces.space import Space
-from apportion.spaces.statistics import read_statistics, write_statistics
+from apportion.spaces.statistics import StatisticsFiles, write_statistics
 from apportion.spaces.streaming import Portion, portions, stream
 from apportion.studies.context import RANK_MULTIPLE, Context, Output
 from apportion.studies.evaluations import Stopped
+from apportion.studies.filling import fill
+from apportion.workers.realizer import Realize
 
 CALIBRATION_BATCH = 16
 # Raise it when calibration gives other numbers for the same data.
 CALIBRATION_VERSION = 1
+Index = dict[str, dict[str, str]]
 
 
 class Statistics:
-    """Input statistics of every weight site, in one file of the cache for each block.
-
-    What is missing is collected; only one site's are in memory after that.
-    """
+    """Input statistics of every weight site, in one file of the cache for each block."""
 
     def __init__(self, context: Context, space: Space) -> None:
         self.context = context
-        self.portions = portions(space.sites, context.setting.blocks)
-        self._portion = {site.name: p for p in self.portions for site in p.sites}
-        self._last: tuple[str, InputStatistics | None] | None = None
+        self.portions = portions(space.input_sites, context.setting.blocks)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file of each site's."""
+        return {site.name: self.path(p) for p in self.portions for site in p.sites}
 
     def path(self, portion: Portion) -> Path:
         """The cache file of a block, named by what its statistics are of."""
@@ -82,57 +83,55 @@ class Statistics:
             told = f", all blocks at once: {reason}" if reason else ""
             bar.end(f"{max(counts):,} {unit}{told}")
 
-    def of(self, site: str) -> InputStatistics | None:
-        """A site's statistics; None where calibration saw nothing enter it."""
-        if self._last is None or self._last[0] != site:
-            self._last = (site, read_statistics(self.path(self._portion[site]), site))
-        return self._last[1]
-
-    def hash(self, site: str) -> str | None:
-        """Content hash of a site's statistics; None where it has none."""
-        found = self.of(site)
-        if found is None:
-            return None
-        return tensors_hash({"m": found.second_moment, "n": torch.tensor(found.tokens)})
-
 
 def run(context: Context, space: Space) -> Output:
-    """Realize every option of every weight site that the bank does not hold.
+    """Realize every option of weights and every treatment that the bank does not hold.
 
     Raises:
         InvalidInput: weights or calibration data that cannot be compressed.
+        ApportionError: workers that cannot be kept alive.
         Stopped: the user asked to stop; whole entries stay.
     """
     statistics = Statistics(context, space)
     statistics.collect()
-    sites = [place for place, site in enumerate(space.sites) if not site.is_structure]
-    total = sum(len(space.options[place]) - 1 for place in sites)
-    index: dict[str, dict[str, str]] = {}
-    unseen: list[str] = []
-    made = done = 0
+    sites = [place for place in range(len(space.sites)) if _stored_options(space, place)]
+    files = statistics.files
     with context.display.stage("compress") as bar:
-        for place in sites:
-            site = space.sites[place]
-            keys = _keys(context, site, space.options[place][1:], statistics)
-            for option in space.options[place][1:]:
-                if context.stop.is_set():
-                    raise Stopped
-                made += _fill(context, site, option, keys[str(option)], statistics)
-                done += 1
-                bar.update(done, total, site.name)
-            index[site.name] = keys
-            if statistics.of(site.name) is None:
-                unseen.append(site.name)
+        index, unseen = _index(context, space, sites, files)
+        missing = _missing(context, space, index, files)
+        total = sum(len(keys) for keys in index.values())
+        left = sum(len(work.keys) for work in missing)
+        fill(context, missing, lambda made, site: bar.update(total - left + made, total, site))
         size = sum(context.bank.bytes(key) for keys in index.values() for key in keys.values())
-        kept = f" ({total - made} there already)" if made < total else ""
+        kept = f" ({total - left} there already)" if left < total else ""
         bar.end(f"bank {total} entries, {size / 1e6:.0f} MB{kept}")
     if unseen:
         context.display.warning(
-            f"nothing is known of the inputs of {len(unseen)} of {len(sites)} weight sites, of "
+            f"nothing is known of the inputs of {len(unseen)} of {len(sites)} sites, of "
             f"{unseen[0]} for one: calibration did not reach them, or they are written back. Their "
             "weights are compressed by themselves (rtn unweighted, magnitude, svd)"
         )
+    _tell_degenerate(context, space, sites, files)
     return {"index": index, "entries": total}
+
+
+def _tell_degenerate(
+    context: Context, space: Space, places: Sequence[int], files: Mapping[str, Path]
+) -> None:
+    """Warn once of weights and inputs that leave the methods less to work with."""
+    statistics, found = StatisticsFiles(files), dict[str, str]()
+    for place in places:
+        site, options = space.sites[place], _stored_options(space, place)
+        for name, group in zip(site.input_names, site.groups, strict=True):
+            weights = [member_weight(context.model, member) for member in group]
+            if words := degeneracy(weights, statistics.of(name), options):
+                found[name] = words
+    if found:
+        name, words = next(iter(found.items()))
+        context.display.warning(
+            f"{len(found)} weight site{' is' if len(found) == 1 else 's are'} degenerate, {name} "
+            f'for one: {words}. What is done about it: docs/compressors.md, "Degenerate inputs"'
+        )
 
 
 def restore(context: Context, space: Space, index: Mapping[str, Mapping[str, str]]) -> None:
@@ -151,29 +150,51 @@ def restore(context: Context, space: Space, index: Mapping[str, Mapping[str, str
     )
     statistics = Statistics(context, space)
     statistics.collect()
-    for place in places:
-        site, options = space.sites[place], space.options[place][1:]
-        keys = _keys(context, site, options, statistics)
-        if keys != index[site.name]:
+    files = statistics.files
+    again, _ = _index(context, space, places, files)
+    for name, keys in again.items():
+        if keys != index[name]:
             raise ApportionError(
-                f"the bank has lost entries of {site.name}, and this version would make others; "
+                f"the bank has lost entries of {name}, and this version would make others; "
                 "submit the study under another name"
             )
-        for option in options:
-            if context.stop.is_set():
-                raise Stopped
-            _fill(context, site, option, keys[str(option)], statistics)
+    fill(context, _missing(context, space, again, files), lambda made, site: None)
 
 
 def _all_there(context: Context, keys: Mapping[str, str]) -> bool:
     return all(context.bank.has(key) for key in keys.values())
 
 
+def _index(
+    context: Context, space: Space, places: Sequence[int], files: Mapping[str, Path]
+) -> tuple[Index, list[str]]:
+    """Site -> option -> key of its entry, and the sites of whose inputs nothing is known."""
+    statistics, index, unseen = StatisticsFiles(files), Index(), []
+    for place in places:
+        if context.stop.is_set():
+            raise Stopped
+        site = space.sites[place]
+        hashes = [statistics.hash(name) for name in site.input_names]
+        found = hashes[0] if len(hashes) == 1 else content_hash(hashes)
+        index[site.name] = _keys(context, site, _stored_options(space, place), found)
+        if None in hashes:
+            unseen.append(site.name)
+    return index, unseen
+
+
+def _stored_options(space: Space, place: int) -> list[Option]:
+    """The options of a site that have weights of their own."""
+    kept = space.sites[place].is_structure
+    return [o for o in space.options[place][1:] if o.narrows or not kept]
+
+
 def _keys(
-    context: Context, site: Site, options: tuple[Option, ...], statistics: Statistics
+    context: Context, site: Site, options: Sequence[Option], statistics_hash: str | None
 ) -> dict[str, str]:
-    weights = {m.path: member_weight(context.model, m) for m in site.members}
-    weights_hash, statistics_hash = tensors_hash(weights), statistics.hash(site.name)
+    members = [member for group in site.groups for member in group]
+    weights_hash = tensors_hash({m.path: member_weight(context.model, m) for m in members})
+    if site.width is not None:
+        weights_hash = content_hash([weights_hash, site.width.to_json()])
     dtype = context.spec.model.dtype
     return {
         str(option): entry_key(
@@ -187,20 +208,24 @@ def _keys(
     }
 
 
-def _fill(context: Context, site: Site, option: Option, key: str, statistics: Statistics) -> bool:
-    """Whether the entry had to be made."""
-    if context.bank.has(key):
-        return False
-    stored = [
-        realize(
-            member_weight(context.model, member).float(),
-            member.shape,
-            option,
-            statistics.of(site.name),
-            context.spec.model.dtype,
-            RANK_MULTIPLE,
-        )
-        for member in site.members
+def _missing(
+    context: Context, space: Space, index: Index, files: Mapping[str, Path]
+) -> list[Realize]:
+    """What the bank lacks, site by site; the most work first, so that all workers end together."""
+    wanted = {
+        name: {text: key for text, key in keys.items() if not context.bank.has(key)}
+        for name, keys in index.items()
+    }
+    sites = {site.name: site for site in space.sites}
+    # What a sub-block is given lies in one block, and so in one file.
+    works = [
+        Realize(name, keys, str(files[sites[name].input_names[0]]))
+        for name, keys in wanted.items()
+        if keys
     ]
-    context.bank.put(key, stored)
-    return True
+
+    def numbers(work: Realize) -> int:
+        groups = sites[work.site].groups
+        return sum(m.shape.weights for group in groups for m in group) * len(work.keys)
+
+    return sorted(works, key=numbers, reverse=True)

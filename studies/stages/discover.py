@@ -23,8 +23,7 @@ def run(context: Context) -> Output:
     samples = {part: context.samples(part) for part in PARTS}
     check_disjoint(samples)
     space = context.setting.space
-    if not any(site.members or site.choices for site in space.sites):
-        raise InvalidInput("space: no weight site or choice block of the model has a choice")
+    check_choices(space)
     for found in samples.values():
         if found.note:
             context.display.warning(found.note)
@@ -36,6 +35,12 @@ def run(context: Context) -> Output:
         "numerics": context.numerics,
         "space": _texts(space),
     }
+
+
+def check_choices(space: Space) -> None:
+    """Refuse a space of nothing but drops. Raises InvalidInput."""
+    if not (space.uniform_texts or any(site.choices for site in space.sites)):
+        raise InvalidInput("space: no weight site or choice block of the model has a choice")
 
 
 def summary(space: Space) -> str:

@@ -1,6 +1,5 @@
 """Export: the winner, or another point of the front, as a native artifact."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -8,13 +7,12 @@ from typing import Any
 
 from apportion import __version__
 from apportion.errors import InvalidInput
-from apportion.kernels.formats import StoredWeight
-from apportion.spaces.apply import Stored
 from apportion.spaces.artifact import Plan, write
 from apportion.spaces.bank import Bank
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
 from apportion.spaces.space import Space
+from apportion.spaces.stored import Stored, StoredSite
 from apportion.studies.cli.display import QuietDisplay
 from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Lease
@@ -73,7 +71,7 @@ def choose(
     discover.check_unchanged(context, found)
     bank, index = Bank(home.bank), compressed["index"]
 
-    def stored(site: Site, option: Option) -> Sequence[StoredWeight]:
+    def stored(site: Site, option: Option) -> StoredSite:
         return bank.get(index[site.name][str(option)])
 
     space = context.setting.space.without(profiled["struck"])

@@ -12,7 +12,7 @@ from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.static import bits, resident_cost, site_bytes, struck, weight_bytes
 from apportion.cost_models.table import CostTable, Rows, padded
 from apportion.errors import InvalidInput
-from apportion.spaces.space import DENSE, Config, Space
+from apportion.spaces.space import Config, Space
 from apportion.studies.cli.display import Stage
 from apportion.studies.context import RANK_MULTIPLE, Context, Output, worker_spec
 from apportion.studies.evaluations import Stopped
@@ -40,10 +40,9 @@ def run(context: Context) -> Output:
 
 
 def uniform_configs(model: nn.Module, space: Space) -> dict[str, Config]:
-    """Every weight option everywhere, in the order of the study file."""
+    """Every weight option and treatment everywhere, in the order of the study file."""
     stored = site_bytes(model, space, RANK_MULTIPLE)
-    texts = dict.fromkeys(t for place in space.weight_sites for t in space.texts[place])
-    return {text: space.uniform(text, stored) for text in texts if text != DENSE}
+    return {text: space.uniform(text, stored) for text in space.uniform_texts}
 
 
 def _profile(context: Context, name: str, device: Device) -> Profile:

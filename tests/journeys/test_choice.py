@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 import apportion
 from apportion.errors import InvalidInput
-from apportion.spaces.artifact import TENSORS, describe
+from apportion.spaces.artifact import TENSORS
+from apportion.spaces.loading import describe
 from apportion.studies.study import Study, sites
 from apportion.workers.sources import open_model
 

@@ -78,7 +78,10 @@ from pathlib import Path
 
 import torch
 """
-SLOW = """        if Path(__file__).with_name("slow").exists():
+SLOW = """        held = Path(__file__).with_name("held")
+        while held.exists() and os.environ.get("NODE") in ("first", "second"):
+            time.sleep(0.02)
+        if Path(__file__).with_name("slow").exists():
             time.sleep(0.1)
         for block in self.blocks:
 """
@@ -90,7 +93,8 @@ NAMED = """    with Path(__file__).with_name("built").open("a") as file:
 
 
 def watched(journey: Journey) -> None:
-    """Workers are slow while the file `slow` is there; who builds the model leaves its name."""
+    """Workers are slow while the file `slow` is there, two nodes wait while `held` is; who builds
+    the model leaves its name."""
     journey.edit("model.py", "import torch\n", IMPORTS)
     journey.edit("model.py", "        for block in self.blocks:\n", SLOW)
     journey.edit("model.py", "    return Tiny()\n", NAMED)
@@ -123,15 +127,18 @@ def test_nodes_come_and_go(
     watched(journey)
     one_node = type(journey)(tmp_path / "same", tmp_path / "one-node")
     shutil.copytree(journey.folder, one_node.folder)
-    elsewhere, slow = tmp_path / "elsewhere", journey.folder / "slow"
+    elsewhere = tmp_path / "elsewhere"
+    held, slow = journey.folder / "held", journey.folder / "slow"
     node(resources={"device:far": 1.0}, env_vars={"NODE": "first"})
     node(env_vars={"NODE": "second", "APPORTION_HOME": str(elsewhere)})
     leaving = node(env_vars={"NODE": "third"})
     with journey.process("submit", journey.study, *on(cluster), "--workers", 3) as process:
         until(lambda: [row for row in journey.listed() if row["stage"] == "search"], process)
         slow.touch()
-        until(lambda: journey.evaluated() > 5, process)
+        held.touch()
+        until(lambda: journey.evaluated() > 5, process)  # by the third, which is at work
         cluster.remove_node(leaving, allow_graceful=False)
+        held.unlink()
         until(lambda: journey.evaluated() > 15, process)
         node(env_vars={"NODE": "fourth"})
         until(lambda: "fourth " in (journey.folder / "built").read_text(), process)

@@ -14,7 +14,7 @@ from apportion.spaces.bank import Bank
 from apportion.spaces.batches import frozen
 from apportion.spaces.choice import Choice
 from apportion.spaces.discovery import discover
-from apportion.spaces.space import Entry, build_space
+from apportion.spaces.entries import Entry, build_space
 from apportion.workers.evaluator import Evaluate, Evaluator
 from apportion.workers.objectives import open_objective
 from apportion.workers.realized import RealizedStore

@@ -46,7 +46,7 @@ class Acting:
 def build(spec):
     if os.environ.get("LACKING"):
         raise InvalidInput("model.source: no folder /model")
-    return Acting(Path(spec["base"]))
+    return Acting(Path(spec["base"])).evaluate
 """
 
 

@@ -61,7 +61,7 @@ def taken(file):
 def build(spec):
     if (Path(spec["base"]) / "broken").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    return Simulated(Path(spec["base"]))
+    return Simulated(Path(spec["base"])).evaluate
 """
 
 

@@ -135,7 +135,7 @@ def test_bank_is_that_of_an_ordinary_pass(opened: Callable[[str], Context], mode
             hashed = statistics if option.needs_statistics else None
             key = entry_key(weights, option, hashed, "float32", RANK_MULTIPLE)
             assert output["index"][space.sites[place].name][str(option)] == key
-            (stored,) = context.bank.get(key)
+            (stored,) = context.bank.get(key).weights
             expected = realize(weight, member.shape, option, found, "float32", RANK_MULTIPLE)
             assert tensors_hash(stored.tensors) == tensors_hash(expected.tensors)
 
