@@ -4,19 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apportion.spaces.artifact import load
     from apportion.spaces.choice import Choice
+    from apportion.spaces.loading import load
+    from apportion.spaces.supernet import train_supernet
     from apportion.studies.specification import StudySpec
     from apportion.studies.study import Study
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "Study", "StudySpec", "__version__", "load"]
+__all__ = ["Choice", "Study", "StudySpec", "__version__", "load", "train_supernet"]
 
 _HOMES = {
     "Choice": "apportion.spaces.choice",
     "Study": "apportion.studies.study",
     "StudySpec": "apportion.studies.specification",
-    "load": "apportion.spaces.artifact",
+    "load": "apportion.spaces.loading",
+    "train_supernet": "apportion.spaces.supernet",
 }
 
 
