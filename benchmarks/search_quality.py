@@ -17,46 +17,50 @@ Claims.      hybrid, with at most 1 M tokens, is best or within one standard err
 Run: .venv/bin/python benchmarks/search_quality.py. Each cell (solver, limit, seed) is a study in
 one home: interrupted ones go on, finished ones are not run again, and no configuration is
 evaluated twice: a cell's seconds are those that its evaluations took when they were run, whichever
-cell ran them. Two processes of one thread each: cells do not depend on each other, while a
-second thread inside a forward pass of this small model gains less than a whole core.
+cell ran them.
 """
 
 import math
-import multiprocessing
-import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import accumulate
-from threading import Event
 from typing import Any
 
-from _report import HOME, RESULTS, ROOT, Claim, at_most, code, table, write
+from _cells import (
+    PROCESSES,
+    THREADS,
+    Row,
+    losses_mean,
+    processes,
+    reading,
+    record_device,
+    recorded_tables,
+    run_cells,
+    stage_outputs,
+)
+from _report import HOME, RESULTS, Claim, at_most, code, table, write
 
-from apportion.search.statistics import Estimate, paired
-from apportion.studies.cli.display import QuietDisplay
-from apportion.studies.cli.session import Session
-from apportion.studies.database.rows import Evaluation, Lease, TrialRow
+from apportion.cost_models.session import Timing
+from apportion.search.statistics import Estimate
+from apportion.studies.context import Context
+from apportion.studies.database.rows import Evaluation, TrialRow
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
-from apportion.studies.progress import FINISHED
-from apportion.studies.specification import StudySpec, load
-from apportion.studies.study import Study
-from apportion.workers.processes import THREAD_VARIABLES
+from apportion.studies.specification import StudySpec
+from apportion.studies.stages.confirm import difference
+from apportion.studies.stages.search import Candidate, winner
 
 SOLVERS = ("uniform", "ilp", "evopress", "hybrid")
 LIMITS = ("1x w3g64", "0.95x w4g64")
 SEEDS = (0, 1, 2)
 TOKENS = {"uniform": 1_000_000, "ilp": 1_000_000, "evopress": 2_000_000, "hybrid": 1_000_000}
 PUBLISHED = {"offspring": 16, "survivors": [1, 1], "stages": [4, 64]}
-PROCESSES, THREADS = 2, 1
-LEAST_TIMING = 0.0  # seconds: the recording must be there, its figures do not matter
+SHORTEST = Timing(operator_seconds=0.0, model_seconds=0.0)
+"""The recording must be there, its figures do not matter."""
 COLORS = {"uniform": "#8a8a8a", "ilp": "#c98a1b", "evopress": "#c8442c", "hybrid": "#2a6fb0"}
-STUDY_FILE = ROOT / "examples" / "demo" / "study.toml"
 PLACE = Home.find(HOME / "search_quality")
 RECORDING = PLACE.path / "device.json"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, order=True)
@@ -88,92 +92,32 @@ class Found:
 
 def specification(cell: Cell) -> StudySpec:
     """The demo's study with another limit, solver and seed, on a recorded device."""
-    tables = load(STUDY_FILE).to_json()
+    tables = recorded_tables(RECORDING)
     limit = re.sub(r"[^a-z0-9.]", "", cell.limit)
     name = f"{cell.solver}-{limit}-{cell.seed}-{code('search', 'studies')}"
-    device = tables["devices"]["here"]
     sizes: Row = PUBLISHED if cell.solver == "evopress" else {}
     search: Row = {"solver": cell.solver, "tokens": TOKENS[cell.solver]}
     tables |= {
         "study": {"name": name, "seed": cell.seed},
-        "objective": tables["objective"] | {"threads": THREADS},
         "limits": {"weight_bytes": cell.limit},
-        "devices": {
-            "here": {"kind": "recorded", "file": str(RECORDING), "request": device["request"]}
-        },
         "search": search | {"windows": tables["search"]["windows"]} | sizes,
     }
     return StudySpec(**tables)
 
 
-def reading(spec: StudySpec, store: Store, study_id: int) -> Any:
-    """A study's context, only to be read."""
-    from apportion.studies.context import Context
-
-    lease = Lease(study_id, 0, 0.0)
-    return Context(spec, PLACE, store, study_id, lease, QuietDisplay(), Event())
-
-
-def record_device(spec: StudySpec) -> None:
-    """Time everything that the profiles of all cells look up, as shortly as that goes."""
-    from apportion.cost_models.fingerprint import fingerprint
-    from apportion.cost_models.profile import measure_profile
-    from apportion.cost_models.recorded import write_recorded
-    from apportion.cost_models.requests import RequestItem
-    from apportion.cost_models.session import Timing
-    from apportion.studies.stages.profile import request_of, uniform_configs
-
-    if RECORDING.is_file():
-        return
-    taken = dict[str, Any]()
-    with Session(PLACE, study="recording").working(THREADS):
-        context = reading(spec, Store.open(PLACE.database), 0)
-        space = context.setting.space
-        for seed in SEEDS:
-            measure_profile(
-                context.model,
-                space,
-                [RequestItem.from_json(item) for item in request_of(spec.devices["here"])],
-                context.setting.sample,
-                threads=THREADS,
-                known=taken,
-                record=taken.update,
-                seed=seed,
-                uniforms=list(uniform_configs(context.model, space).values()),
-                timing=Timing(operator_seconds=LEAST_TIMING, model_seconds=LEAST_TIMING),
-            )
-    part = RECORDING.with_suffix(".part")
-    write_recorded(part, fingerprint(THREADS), taken)
-    part.replace(RECORDING)
-
-
-def run(spec: StudySpec) -> None:
-    """Bring a study to its end."""
-    with Session(PLACE, study=spec.study.name).working(THREADS):
-        study = Study.submit(spec, home=PLACE)
-        if study.status()["state"] != FINISHED:
-            study.resume()
-
-
-def found(cell: Cell, name: str, store: Store, context: Any) -> Found:
+def found(cell: Cell, name: str, store: Store, context: Context) -> Found:
     """Read a finished cell, the study `name`; `context` is that of any cell of its seed."""
-    from apportion.studies.stages.search import Candidate, winner
-
-    study = store.find_study(name)
-    output = store.stage_output(study.id, "search") if study else None
-    compressed = store.stage_output(study.id, "compress") if study else None
-    if study is None or output is None or compressed is None:
-        raise SystemExit(f"study {name} is not finished")
+    study_id, (output, compressed) = stage_outputs(store, name, "search", "compress")
     candidates = [Candidate(**value) for value in output["candidates"]]
     chosen = winner(candidates)
-    trials = store.trials(study.id, 0)
+    trials = store.trials(study_id, 0)
     samples = context.samples("heldout")
     configuration = trials[chosen.number].configuration
     naming = context.naming(compressed["index"])
     key = naming.key(configuration, "heldout", 0, samples.windows)
     evaluation = store.evaluations([key])[key]
     spent = list(accumulate(t.windows * context.window_tokens for t in trials))
-    run = store.evaluations({trial.evaluation_key for trial in trials}, study.id).values()
+    run = store.evaluations({trial.evaluation_key for trial in trials}, study_id).values()
     row = {
         "solver": cell.solver,
         "limit": cell.limit,
@@ -191,13 +135,6 @@ def found(cell: Cell, name: str, store: Store, context: Any) -> Found:
     return Found(row, evaluation, samples.documents)
 
 
-def losses_mean(evaluation: Evaluation) -> float:
-    """Mean loss of an evaluation; nan where it failed."""
-    if evaluation.losses is None or evaluation.weights is None:
-        return math.nan
-    return float(evaluation.losses.sum() / evaluation.weights.sum())
-
-
 def curve(
     trials: Sequence[TrialRow], spent: Sequence[int], losses: Mapping[int, float]
 ) -> list[list[float]]:
@@ -212,12 +149,7 @@ def curve(
 
 def compared(one: Found, other: Found) -> Estimate:
     """Held-out loss of one winner less the other's."""
-    mine, theirs = one.evaluation, other.evaluation
-    if mine.losses is None or mine.weights is None or theirs.losses is None:
-        return Estimate(math.nan, math.nan, 0, False)
-    if theirs.weights is None:
-        return Estimate(math.nan, math.nan, 0, False)
-    return paired(mine.losses, mine.weights, theirs.losses, theirs.weights, one.documents)
+    return difference(one.evaluation, other.evaluation, one.documents)
 
 
 def claims(results: Mapping[Cell, Found]) -> list[Claim]:
@@ -280,20 +212,16 @@ def told(row: Row) -> list[str]:
 
 def main() -> None:
     """Run what is missing, then print, draw and write."""
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(THREADS)))
     PLACE.create()
     specs = {cell: specification(cell) for cell in CELLS}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        pool.submit(record_device, specs[CELLS[0]]).result()
-        running = {pool.submit(run, spec): spec.study.name for spec in specs.values()}
-        for done, future in enumerate(as_completed(running), 1):
-            future.result()
-            print(f" {done} of {len(CELLS)} cells: {running[future]}", flush=True)
+    of_seeds = [specs[Cell(SOLVERS[0], LIMITS[0], seed)] for seed in SEEDS]
+    with processes() as pool:
+        pool.submit(record_device, of_seeds, PLACE, RECORDING, SHORTEST).result()
+        run_cells(pool, list(specs.values()), PLACE)
     store, results = Store.open(PLACE.database), dict[Cell, Found]()
     for seed in SEEDS:
         of_seed = {cell: spec for cell, spec in specs.items() if cell.seed == seed}
-        shared = reading(next(iter(of_seed.values())), store, 0)
+        shared = reading(next(iter(of_seed.values())), PLACE, store)
         for cell, spec in of_seed.items():
             results[cell] = found(cell, spec.study.name, store, shared)
     rows = [results[cell].row for cell in sorted(CELLS, key=lambda c: (c.limit, c.seed))]

@@ -91,6 +91,18 @@ def collect(home: Home, store: Store, dry_run: bool = False) -> Removal:
     return removal
 
 
+def collect_bank(home: Home, store: Store, dry_run: bool = False) -> Removal:
+    """Remove entries of the bank that no study needs, and nothing else; arguments as `collect`."""
+    removal = _begun(None, dry_run, {})
+
+    def shared() -> Paths:
+        parts = [file for file in _inside(home.bank) if file.suffix == ".part"]
+        return {"bank": _unneeded(home, store), "parts": parts}
+
+    _take_shared(removal, home, store, shared)
+    return removal
+
+
 def note_database(home: Home) -> None:
     """Remember that studies of a database that is not the home's own use its bank.
 

@@ -32,6 +32,7 @@ for command in (
     *(upkeep.delete, upkeep.gc),
 ):
     app.command(command.__name__.rstrip("_"))(command)
+app.add_typer(upkeep.bank)
 app.add_typer(upkeep.db)
 
 

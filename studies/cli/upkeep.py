@@ -1,4 +1,4 @@
-"""Commands that keep a home in order: delete, gc, db upgrade, db check."""
+"""Commands that keep a home in order: delete, gc, bank gc, db upgrade, db check."""
 
 import sys
 from pathlib import Path
@@ -17,6 +17,14 @@ from apportion.units import format_bytes
 db = typer.Typer(
     name="db",
     help="Look after the database.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+bank = typer.Typer(
+    name="bank",
+    help="Look after the bank of compressed weights.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,6 +68,26 @@ def gc(
     store = upkeep.stored(session.home)
     try:
         removal = upkeep.collect(session.home, store, dry_run)
+    finally:
+        store.close()
+    _show(session.display(), removal, as_json)
+
+
+@bank.command("gc")
+def bank_gc(
+    context: typer.Context,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove compressed weights that no study needs, and nothing else."""
+    from apportion.studies import upkeep
+
+    session = context.ensure_object(Session)
+    store = upkeep.stored(session.home)
+    try:
+        removal = upkeep.collect_bank(session.home, store, dry_run)
     finally:
         store.close()
     _show(session.display(), removal, as_json)

@@ -11,7 +11,7 @@ import pytest
 from apportion.errors import InvalidInput
 from apportion.studies.database import Lease, Store
 from apportion.studies.home import Home
-from apportion.studies.upkeep import collect, delete, note_database, stored
+from apportion.studies.upkeep import collect, collect_bank, delete, note_database, stored
 
 OURS, SHARED, NOBODYS = "aa" + "0" * 30, "bb" + "0" * 30, "cc" + "0" * 30
 
@@ -112,6 +112,23 @@ def test_collect_takes_garbage_and_cache_only(place: Place) -> None:
     assert list(place.home.cache.iterdir()) == []
     assert place.home.log("ours").exists() and any(place.home.spool("ours").iterdir())
     assert removal["compacted"] is not None
+
+
+def test_collect_bank_takes_entries_that_no_study_needs_and_nothing_else(place: Place) -> None:
+    cached = sorted(place.home.cache.iterdir())
+    foreseen = collect_bank(place.home, place.store, dry_run=True)["removed"]
+    assert place.entries() == {OURS, SHARED, NOBODYS}
+    removal = collect_bank(place.home, place.store)
+    assert place.entries() == {OURS, SHARED} and removal["removed"] == foreseen
+    assert removal["removed"]["bank"]["count"] == 1
+    assert (sorted(place.home.cache.iterdir()), removal["compacted"]) == (cached, None)
+
+
+def test_collect_bank_takes_nothing_while_a_study_runs(place: Place) -> None:
+    place.study("busy")
+    removal = collect_bank(place.home, place.store)
+    assert place.entries() == {OURS, SHARED, NOBODYS}
+    assert any('"busy" is being run by pid' in line for line in removal["left"])
 
 
 def test_collect_takes_what_a_crash_left_of_a_delete(place: Place) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine
 
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.spaces.bank import Bank
+from apportion.spaces.stored import StoredSite
 from apportion.studies.database import Store, schema
 from apportion.studies.home import Home
 from apportion.studies.specification import StudySpec
@@ -39,7 +40,7 @@ def store(home: Home) -> Iterator[Store]:
     store.record_stage(lease, "compress", 0, {"index": index, "entries": 1}, 1.0)
     store.release(lease)
     weight = StoredWeight(Format(dtype="float32"), LayerShape(4, 4), {"weight": torch.ones(4, 4)})
-    Bank(home.bank).put(ENTRY, [weight])
+    Bank(home.bank).put(ENTRY, StoredSite((weight,)))
     yield store
     store.close()
 
@@ -127,7 +128,7 @@ def test_unknown_study_is_said_as_elsewhere(home: Home, store: Store, words: lis
     assert done.stderr == f'no study "dmo" in {home.path}; studies there: demo\n'
 
 
-@pytest.mark.parametrize("words", [["gc"], ["db", "check"], ["db", "upgrade"]])
+@pytest.mark.parametrize("words", [["gc"], ["bank", "gc"], ["db", "check"], ["db", "upgrade"]])
 def test_no_home_is_made_to_be_looked_after(tmp_path: Path, words: list[str]) -> None:
     none = Home(tmp_path / "none")
     done = run(none, *words)

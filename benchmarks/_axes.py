@@ -1,0 +1,54 @@
+"""The spaces of the shipped model that hold one axis each, the joint one, and all in one."""
+
+from typing import Any
+
+WEIGHTS = ("*.self_attn.*", "*.mlp.*")
+BITS = ("bf16", "w8", *(f"w{bits}g64:gptq" for bits in (6, 5, 4, 3, 2)))
+SPARSITY = (*(f"s{percent}%:sparsegpt" for percent in range(20, 90, 10)), "2:4:sparsegpt")
+RANK = tuple(f"r{percent}%" for percent in (90, 75, 60, 50, 40, 25))
+HEADS = ("c75%", "c50%", "c25%")
+"""The four heads of a layer, one, two or three fewer."""
+CHANNELS = tuple(f"c{percent}%" for percent in (90, 75, 60, 50, 40, 25))
+DROPS = ("keep", "drop")
+COMPOSED = ("s50%:sparsegpt+w4g64:gptq", "r50%")
+COMPOSED_HEADS = ("c75%+w8", "c75%+w4:gptq", "c50%+w4:gptq")
+"""64 does not divide the inputs that three heads give."""
+COMPOSED_CHANNELS = ("c75%+w8", "c75%+w4g64:gptq", "c75%+w3g64:gptq", "c50%+w4g64:gptq")
+
+Entry = dict[str, Any]
+
+
+def entries(
+    weights: tuple[str, ...] = (),
+    heads: tuple[str, ...] = (),
+    channels: tuple[str, ...] = (),
+    drops: tuple[str, ...] = (),
+) -> list[Entry]:
+    """`[[space]]` of a study file; what has no options is left out."""
+    given = {
+        WEIGHTS: ("dense", *weights) if weights else (),
+        ("attention:*",): (*drops, *heads) if drops or not heads else ("keep", *heads),
+        ("mlp:*",): (*drops, *channels) if drops or not channels else ("keep", *channels),
+        ("block:*",): drops,
+    }
+    return [
+        {"sites": list(sites), "options": list(options)}
+        for sites, options in given.items()
+        if options
+    ]
+
+
+AXES = {
+    "bits": entries(weights=BITS),
+    "sparsity": entries(weights=SPARSITY),
+    "rank": entries(weights=RANK),
+    "width": entries(heads=HEADS, channels=CHANNELS),
+    "drop": entries(drops=DROPS),
+}
+JOINT = entries((*BITS, *COMPOSED), COMPOSED_HEADS, COMPOSED_CHANNELS, DROPS)
+EVERYTHING = entries(
+    (*BITS, *COMPOSED, *SPARSITY, *RANK),
+    (*HEADS, *COMPOSED_HEADS),
+    (*CHANNELS, *COMPOSED_CHANNELS),
+    DROPS,
+)
