@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apportion.cost_models.operators import (
-    model_dtype,
-    nonzeros_of,
-    random_weights,
-)
+from apportion.cost_models.operators import model_dtype
 from apportion.cost_models.profile import Profile
+from apportion.cost_models.random_weights import nonzeros_of, random_weights
 from apportion.cost_models.table import Rows, padded
 from apportion.kernels.formats import DTYPES, stored_bytes
 from apportion.kernels.group import resident_bytes

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from apportion.cost_models.harness import BLOCK, Measurement, compare
-from apportion.cost_models.operators import Given, model_dtype, random_weights
+from apportion.cost_models.operators import Given, model_dtype
+from apportion.cost_models.random_weights import random_weights
 from apportion.cost_models.requests import RequestItem, runner
 from apportion.cost_models.session import Timing, threads_set
 from apportion.hashing import content_hash

@@ -48,7 +48,7 @@ def _of_outputs(weight: Tensor, rank: int, second_moment: Tensor | None) -> Tens
     if second_moment is not None and (mean := second_moment.diagonal().mean()) > 0:
         taken = (exact @ second_moment).div_(mean).add_(exact, alpha=DAMPING)
     gram = taken @ exact.T
-    vectors = torch.linalg.eigh(gram.add_(gram.T.clone()))[1]
+    vectors: Tensor = torch.linalg.eigh(gram.add_(gram.T.clone()))[1]
     return vectors[:, len(gram) - rank :].flip(1)
 
 
@@ -56,7 +56,8 @@ def _of_inputs(weight: Tensor, rank: int, second_moment: Tensor | None) -> Tenso
     """Leading left singular vectors [out, rank] of weight @ S, by way of the right ones."""
     product = weight.double() @ root_of(second_moment, weight.shape[1])
     vectors = torch.linalg.eigh(product.T @ product)[1]
-    return torch.linalg.qr(product @ vectors[:, len(vectors) - rank :].flip(1))[0]
+    left: Tensor = torch.linalg.qr(product @ vectors[:, len(vectors) - rank :].flip(1))[0]
+    return left
 
 
 # The options of one site follow each other, and all take the root of the same moment.

@@ -8,14 +8,13 @@ from apportion.cost_models.operators import (
     built_layers,
     candidate_programs,
     copies_of,
-    nonzeros_of,
     observe,
     original_layers,
     original_operator,
-    random_stored,
     rotation,
     runs_dense,
 )
+from apportion.cost_models.random_weights import nonzeros_of, random_stored
 from apportion.kernels.formats import LayerShape, stored_bytes
 from apportion.kernels.reference import reference_weight
 from apportion.spaces.apply import WRITTEN_BACK

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from apportion.cost_models.operators import random_weights
+from apportion.cost_models.random_weights import random_weights
 from apportion.cost_models.rows import shape_of
 from apportion.cost_models.static import bits, resident_cost, struck, weight_bytes
 from apportion.kernels.group import resident_bytes
