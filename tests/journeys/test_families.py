@@ -91,7 +91,7 @@ FAMILIES = {
     "recurrent": Family("recurrent", "words", "memory.*", 0.35, ".weight_hh_", ""),
     "convolutional": Family("convolutional", "images", "*.pointwise", 0.56, ".pointwise"),
     "narrow vision": Family("vision", "images", "*.mlp.fc2", 0.3, ".mlp.fc2", WIDTHS),
-    "narrow convolutional": Family("inverted", "images", "*.project", 0.5, ".project", WIDTHS),
+    "narrow convolutional": Family("inverted", "images", "*.project", 0.35, ".project", WIDTHS),
 }
 
 
