@@ -12,6 +12,7 @@ from apportion.errors import InvalidInput
 from apportion.search.solvers.exact import infeasibility
 from apportion.spaces.batches import call, no_gradients
 from apportion.spaces.degenerate import check_finite
+from apportion.spaces.space import DENSE, KEEP
 from apportion.studies.cli.display import Display
 from apportion.studies.cli.records import CheckReport, Need, OperatorCount
 from apportion.studies.context import RANK_MULTIPLE, worker_spec
@@ -63,7 +64,10 @@ def check(spec: StudySpec, home: Home, display: Display) -> CheckReport:
     space = setting.space
     cost = weight_bytes(setting.opened.model, space, RANK_MULTIPLE)
     structure = [place for place, site in enumerate(space.sites) if site.is_structure]
-    fixed = cost.base + sum(cost.rows[p, 0] for p in structure if not space.sites[p].choices)
+    kept = site_bytes(setting.opened.model, space, RANK_MULTIPLE)
+    fixed = cost.base + sum(
+        cost.rows[p, 0] - kept[p].get(KEEP, 0) for p in structure if not space.sites[p].choices
+    )
     return CheckReport(
         sites=len(space.sites),
         weight_sites=len(space.weight_sites),
@@ -101,8 +105,7 @@ def memory(spec: StudySpec, setting: Setting, workers: int) -> Need:
 def disk(setting: Setting, home: Home) -> Need:
     """Bytes that bank, cache and database take at most, and what is free."""
     stored = site_bytes(setting.opened.model, setting.space, RANK_MULTIPLE)
-    neutral = ("dense", "keep")
-    bank = sum(size for row in stored for text, size in row.items() if text not in neutral)
+    bank = sum(size for row in stored for text, size in row.items() if text not in (DENSE, KEEP))
     inputs = [site.members[0].shape.in_features for site in setting.space.input_sites]
     cache = CALIBRATION_BYTES_PER_INPUT * sum(width * width for width in inputs)
     folder = next(p for p in (home.path, *home.path.parents) if p.exists())

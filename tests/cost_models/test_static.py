@@ -1,5 +1,6 @@
 """Static costs against the bytes of files that are really written."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from apportion.cost_models.rows import shape_of
 from apportion.cost_models.static import bits, resident_cost, struck, weight_bytes
 from apportion.kernels.group import resident_bytes
 from apportion.spaces.artifact import Plan, contents
+from apportion.spaces.discovery import discover
+from apportion.spaces.entries import Entry, build_space
 from apportion.spaces.space import DENSE
 
 
@@ -103,3 +106,28 @@ def test_struck_options_are_neither_smaller_nor_faster(tiny, space) -> None:
     assert (
         DENSE not in struck(space, type(cost)(np.ones_like(rows), 0.0), [])[space.sites[site].name]
     )
+
+
+@pytest.fixture
+def narrow(tiny, sample):
+    """A space of nothing but treatments: no weight below them is a site."""
+    entries = [Entry(("mlp:*",), ("keep", "c50%", "c25%+w4g32"))]
+    return build_space(discover(tiny, sample).sites, entries)
+
+
+def test_weight_bytes_of_treatments_alone_equal_the_written_file(
+    tiny, narrow, tmp_path: Path
+) -> None:
+    cost, shape = weight_bytes(tiny, narrow), shape_of(narrow)
+    stored = random_weights(narrow, "float32", 8)
+    for number, texts in enumerate(itertools.product(*narrow.texts)):
+        chosen = dict(zip(narrow.names, texts, strict=True))
+        plan = Plan(narrow, narrow.canonical(chosen), stored, AnyImplementation())
+        save_file(contents(tiny, plan)[0], tmp_path / f"{number}.safetensors")
+        predicted = cost.base + shape.total(cost.rows, narrow.config(chosen))
+        assert predicted == payload(tmp_path / f"{number}.safetensors"), chosen
+
+
+def test_bits_of_treatments_alone_are_per_dense_weight(tiny, narrow) -> None:
+    rows, blocks = bits(tiny, narrow).rows, len(narrow.sites)
+    np.testing.assert_allclose(rows * blocks, [[32, 16, (4 + 32 / 32) / 4]] * blocks)

@@ -124,6 +124,30 @@ def test_one_step_adds_up_the_gradients_of_largest_and_distilled_smallest(tmp_pa
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=1e-12)
 
 
+def test_fair_step_trains_every_alternative_once_and_on_the_targets_alone(tmp_path):
+    model = seeded(lambda: nn.Sequential(block(), nn.Linear(WIDTH, CLASSES))).double()
+    torch.manual_seed(1)
+    x, labels = torch.randn(4, WIDTH, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    by_hand = copy.deepcopy(model)
+    for alternative in by_hand[0].alternatives.values():
+        cross_entropy(by_hand[1](alternative(x)), labels).backward()
+    torch.optim.AdamW(by_hand.parameters(), 0.01, weight_decay=0.1).step()
+
+    settings = {"steps": 1, "learning_rate": 0.01, "weight_decay": 0.1, "random_subnetworks": 3}
+    train(model, tmp_path, batches=lambda step: (x, labels), fair_share=1.0, **settings)
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=1e-12)
+
+
+def test_fair_steps_are_the_last_ones(tmp_path):
+    model, seen = seeded(perceptron), []
+    model[0].alternatives["wide"].register_forward_hook(lambda *_: seen.append(model[3].active))
+    # of the three drawn ones one is wide in the first block; the largest is wide in both
+    train(model, tmp_path, steps=8, random_subnetworks=3, fair_share=0.25)
+    assert len(seen) == 6 * 2 + 2 * 1
+    assert seen[:12:2] == ["wide"] * 6
+
+
 @pytest.mark.parametrize("make", [perceptron, Convolutional, Transformer])
 def test_extremes_are_those_of_all_subnetworks(make):
     choices = dict(find_choices(make(), {}))
@@ -152,7 +176,7 @@ def test_every_subnetwork_learns(make, tmp_path):
 @pytest.mark.parametrize("make", [perceptron, Transformer])
 def test_training_that_ends_anywhere_and_goes_on_gives_the_same_weights(make, tmp_path):
     (tmp_path / "whole").mkdir()
-    expected = weights_hash(train(seeded(make), tmp_path / "whole"))
+    expected = weights_hash(train(seeded(make), tmp_path / "whole", fair_share=0.5))
     for last in range(12):
         folder = tmp_path / str(last)
         folder.mkdir()
@@ -163,10 +187,10 @@ def test_training_that_ends_anywhere_and_goes_on_gives_the_same_weights(make, tm
             return tokens(step) if make is Transformer else batch(step)
 
         with pytest.raises(TimeoutError):
-            train(seeded(make), folder, batches=ending)
+            train(seeded(make), folder, batches=ending, fair_share=0.5)
         # the weights that it starts with again do not matter once there is a checkpoint
         again = seeded(make, seed=7 if last >= 5 else 0)
-        assert weights_hash(train(again, folder)) == expected
+        assert weights_hash(train(again, folder, fair_share=0.5)) == expected
 
 
 PROGRAM = """
@@ -229,6 +253,8 @@ def test_model_that_cannot_be_trained_is_refused_with_the_reason(model, told, tm
     [
         ({"steps": 0}, "steps .* is 0, not >= 1"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"fair_share": 1.5}, "fair_share is 1.5, not a share"),
+        ({"fair_share": 0.5, "random_subnetworks": 0}, "and 0 where random_subnetworks is 0"),
         ({"loss": lambda output, targets: output}, "one number for a batch"),
         (
             {
@@ -240,7 +266,7 @@ def test_model_that_cannot_be_trained_is_refused_with_the_reason(model, told, tm
             "largest sub-network is nan in step 3;",
         ),
     ],
-    ids=["steps", "rate", "shape", "not-finite"],
+    ids=["steps", "rate", "share", "none-drawn", "shape", "not-finite"],
 )
 def test_what_no_training_can_use_is_refused(settings, told, tmp_path):
     with pytest.raises(InvalidInput, match=told):
