@@ -22,7 +22,7 @@ TARGETS = ((0.22, 1.25), (0.27, 0.85), (0.35, 1.25), (0.5, 0.7))
 """weight_bytes and latency, each over dense."""
 TOKENS = 300_000  # for each target, where a space meets them all
 WINDOWS = 64  # the full search slice
-HELDOUT = 16_384  # tokens
+HELDOUT = 8_192  # tokens
 Target = tuple[float, float]
 Key = tuple[str, int]
 Shares = Callable[[Mapping[str, str]], tuple[float, float]]

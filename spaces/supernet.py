@@ -5,6 +5,9 @@ their gradients (the sandwich rule; Yu and Huang 2019, "Universally Slimmable Ne
 largest learns from the targets; all others from its predictions too (in-place distillation; the
 same). From those alone, as there, all can agree on a guess and never leave it; so half of what the
 others learn from are the targets (as in Cai et al. 2020, "Once-for-All").
+
+So trained, what the largest or the smallest holds is ahead of its alternatives, and a ranking of
+sub-networks tells that as well. Fair steps train only drawn ones, on the targets ("FairNAS").
 """
 
 import itertools
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,6 +56,7 @@ def train_supernet(
     learning_rate: float = 2e-3,
     weight_decay: float = 0.01,
     random_subnetworks: int = 2,
+    fair_share: float = 0.0,
     seed: int = 0,
     save_every: int = 100,
     tell: Callable[[int, float], None] = lambda step, loss: None,
@@ -74,8 +79,11 @@ def train_supernet(
         random_subnetworks: how many are drawn for each step. In each block no alternative comes
             twice before all came once (Chu et al. 2019, "FairNAS"): with as many as a block has
             alternatives, each is trained in every step. Fewer favor the largest and the smallest.
+        fair_share: share of the steps, the last ones, that train the drawn sub-networks alone, on
+            the targets alone. 1: no sandwich, each alternative of a block is trained as often.
         save_every: steps from one checkpoint to the next; the last step always writes one.
-        tell: is called with the number of steps done and the last loss of the largest.
+        tell: is called with the number of steps done and the last loss of the largest; in a fair
+            step with the mean of the drawn ones' losses.
 
     Raises:
         InvalidInput: no choice block, or nothing to train; a layer that keeps running statistics;
@@ -83,26 +91,21 @@ def train_supernet(
             other settings.
         OSError: the checkpoint cannot be written.
     """
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "random_subnetworks": random_subnetworks,
-        "seed": seed,
-    }
+    settings = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay}
+    settings |= {"random_subnetworks": random_subnetworks, "fair_share": fair_share, "seed": seed}
     _refuse_settings(settings, save_every)
     choices, path = _trained_choices(model), Path(checkpoint)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
         raise InvalidInput("no parameter of the model requires a gradient; nothing can be trained")
     optimizer = torch.optim.AdamW(weights.values(), learning_rate, weight_decay=weight_decay)
-    state = _State(model, choices, weights, optimizer)
+    state = _State(model, choices, weights, optimizer, settings)
     identity = {"model": _architecture(model, choices), "settings": canonical_json(settings)}
     done = _read(path, state, identity)
     with _in_training(model, choices):
         for step in range(done, steps):
             optimizer.param_groups[0]["lr"] = learning_rate * _share(step, steps)
-            found = _step(state, batches, loss, random_subnetworks, seed, step)
+            found = _step(state, batches, loss, step)
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 _write(path, state, identity | {"step": str(step + 1)})
             tell(step + 1, found)
@@ -129,36 +132,45 @@ class _State:
     choices: Mapping[str, Choice]
     weights: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    settings: Mapping[str, Any]
 
 
-def _step(
-    state: _State, batches: Batches, loss: Loss, random_subnetworks: int, seed: int, step: int
-) -> float:
-    """One step of the sandwich rule; gives the largest's loss."""
-    model, choices, generator = state.model, state.choices, random.Random(f"{seed}.{step}")
-    largest, smallest = extremes(choices)
-    others = {"smallest": smallest}
-    rows = {path: generator.sample(c.names, len(c.names)) for path, c in choices.items()}
-    for number in range(random_subnetworks):
-        drawn = {path: names[number % len(names)] for path, names in rows.items()}
-        others[f"drawn ({number})"] = drawn
+def _step(state: _State, batches: Batches, loss: Loss, step: int) -> float:
+    """One step of the sandwich rule, gives the largest's loss; or a fair one, gives the mean."""
+    model, choices, settings = state.model, state.choices, state.settings
+    generator = random.Random(f"{settings['seed']}.{step}")
+    subnetworks = _drawn(choices, settings["random_subnetworks"], generator)
+    fair = step >= round((1 - settings["fair_share"]) * settings["steps"])
+    if not fair:
+        largest, smallest = extremes(choices)
+        subnetworks = {"largest": largest, "smallest": smallest, **subnetworks}
+    losses: list[float] = []
+    teacher: Tensor | None = None
     state.optimizer.zero_grad()
     with torch.random.fork_rng():
         torch.manual_seed(generator.getrandbits(63))
         inputs, targets = batches(step)
-        select(choices, largest)
-        output = call(model, inputs)
-        found = _finite(loss(output, targets), "largest", step)
-        torch.autograd.backward(found)
-        teacher = main_tensor(output).detach().flatten(0, -2).softmax(-1)
-        for name, subnetwork in others.items():
+        for name, subnetwork in subnetworks.items():
             select(choices, subnetwork)
             output = call(model, inputs)
-            distilled = cross_entropy(main_tensor(output).flatten(0, -2), teacher)
-            both = DISTILLED * distilled + (1 - DISTILLED) * loss(output, targets)
-            torch.autograd.backward(_finite(both, name, step))
+            found, scores = loss(output, targets), main_tensor(output).flatten(0, -2)
+            if teacher is not None:
+                found = DISTILLED * cross_entropy(scores, teacher) + (1 - DISTILLED) * found
+            elif not fair:
+                teacher = scores.detach().softmax(-1)
+            torch.autograd.backward(_finite(found, name, step))
+            losses.append(found.item())
     state.optimizer.step()
-    return found.item()
+    return fmean(losses) if fair else losses[0]
+
+
+def _drawn(
+    choices: Mapping[str, Choice], count: int, generator: random.Random
+) -> dict[str, Subnetwork]:
+    """Name -> sub-network; in each block none comes twice before all came once."""
+    rows = {path: generator.sample(c.names, len(c.names)) for path, c in choices.items()}
+    drawn = ({path: names[n % len(names)] for path, names in rows.items()} for n in range(count))
+    return {f"drawn ({number})": subnetwork for number, subnetwork in enumerate(drawn)}
 
 
 def select(choices: Mapping[str, Choice], subnetwork: Subnetwork) -> None:
@@ -196,6 +208,9 @@ def _refuse_settings(settings: Mapping[str, Any], save_every: int) -> None:
             raise InvalidInput(f"{name} of a super-net's training is {given[name]}, not >= {bound}")
     if not 0 < given["learning_rate"] < math.inf:
         raise InvalidInput(f"learning_rate is {given['learning_rate']}, not above 0 and finite")
+    if not 0 <= given["fair_share"] <= min(1, given["random_subnetworks"]):
+        told = "from 0 to 1, and 0 where random_subnetworks is 0"
+        raise InvalidInput(f"fair_share is {given['fair_share']}, not {told}")
 
 
 def _trained_choices(model: nn.Module) -> dict[str, Choice]:

@@ -253,7 +253,7 @@ def test_model_that_cannot_be_trained_is_refused_with_the_reason(model, told, tm
     [
         ({"steps": 0}, "steps .* is 0, not >= 1"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"fair_share": 1.5}, "fair_share is 1.5, not a share"),
+        ({"fair_share": 1.5}, "fair_share is 1.5, not from 0 to 1"),
         ({"fair_share": 0.5, "random_subnetworks": 0}, "and 0 where random_subnetworks is 0"),
         ({"loss": lambda output, targets: output}, "one number for a batch"),
         (
