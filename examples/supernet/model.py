@@ -85,6 +85,8 @@ class Net(nn.Module):
 
 def build() -> nn.Module:
     """The trained super-net; train.py made its weights."""
+    if not WEIGHTS.is_file():
+        raise FileNotFoundError(f"{WEIGHTS} is not there: run train.py first")
     net = Net()
     net.load_state_dict(load_file(WEIGHTS))
     return net
