@@ -120,17 +120,32 @@ def resident_cost(
 def struck(space: Space, weight: StaticCost, profiles: Sequence[Profile]) -> dict[str, list[str]]:
     """Site name -> options that are neither smaller nor faster than dense on any device.
 
-    Faster is what is faster by its upper value: a draw is no gain.
+    Faster is what is faster by its upper value: a draw is no gain. A treatment stands for all that
+    lies in its sub-block.
     """
     tables = [profile.table for profile in profiles]
+    bytes_of = _with_below(space, weight.rows)
+    times_of = [_with_below(space, table.rows) for table in tables]
     found: dict[str, list[str]] = {}
-    for place in space.weight_sites:
-        for number, text in enumerate(space.texts[place][1:], 1):
-            smaller = weight.rows[place, number] < weight.rows[place, 0]
-            faster = any(t.upper[place, number] < t.rows[place, 0] for t in tables)
+    for place, options in enumerate(space.options):
+        for number, option in enumerate(options[1:], 1):
+            if option.is_structure and not option.narrows:
+                continue
+            smaller = weight.rows[place, number] < bytes_of[place]
+            pairs = zip(tables, times_of, strict=True)
+            faster = any(table.upper[place, number] < dense[place] for table, dense in pairs)
             if not smaller and not faster:
-                found.setdefault(space.sites[place].name, []).append(text)
+                found.setdefault(space.sites[place].name, []).append(str(option))
     return found
+
+
+def _with_below(space: Space, rows: Rows) -> list[float]:
+    """What each site costs as it is in the dense model, with all that lies below it."""
+    costs = [float(row[0]) for row in rows]
+    for place in reversed(range(len(costs))):  # parents stand before their children
+        if space.parent[place] >= 0:
+            costs[space.parent[place]] += costs[place]
+    return costs
 
 
 def _site_bytes(site: Site, option: Option, dtype: str, rank_multiple: int) -> float:

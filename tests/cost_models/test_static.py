@@ -131,3 +131,17 @@ def test_weight_bytes_of_treatments_alone_equal_the_written_file(
 def test_bits_of_treatments_alone_are_per_dense_weight(tiny, narrow) -> None:
     rows, blocks = bits(tiny, narrow).rows, len(narrow.sites)
     np.testing.assert_allclose(rows * blocks, [[32, 16, (4 + 32 / 32) / 4]] * blocks)
+
+
+def test_treatments_are_struck_where_they_beat_nothing_of_what_lies_below(tiny, sample) -> None:
+    entries = [Entry(("*",), ("dense", "w8")), Entry(("mlp:*",), ("keep", "c50%", "c75%+s20%"))]
+    space = build_space(discover(tiny, sample).sites, entries)
+    place, cost = space.index("blocks.0.mlp"), weight_bytes(tiny, space)
+    assert "blocks.0.mlp" not in struck(space, cost, [])
+    below = [p for p, above in enumerate(space.parent) if above == place]
+    dense = cost.rows[place, 0] + sum(cost.rows[p, 0] for p in below)
+    rows = cost.rows.copy()
+    rows[place, 1] = dense
+    assert struck(space, type(cost)(rows, cost.base), [])["blocks.0.mlp"] == ["c50%"]
+    rows[place, 1] = dense - 1
+    assert "blocks.0.mlp" not in struck(space, type(cost)(rows, cost.base), [])
