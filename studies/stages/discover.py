@@ -38,9 +38,9 @@ def run(context: Context) -> Output:
 
 
 def check_choices(space: Space) -> None:
-    """Refuse a space of nothing but drops. Raises InvalidInput."""
-    if not (space.uniform_texts or any(site.choices for site in space.sites)):
-        raise InvalidInput("space: no weight site or choice block of the model has a choice")
+    """Refuse a space without any choice; one of nothing but drops is one. Raises InvalidInput."""
+    if all(len(options) < 2 for options in space.options):
+        raise InvalidInput("space: no site of the model has a choice")
 
 
 def summary(space: Space) -> str:
