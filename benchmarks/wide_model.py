@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-HIDDEN, INNER, BLOCKS, VOCABULARY = 512, 2048, 4, 256
+HIDDEN, INNER, BLOCKS, VOCABULARY = 512, 2048, 6, 256
 WINDOWS, CONTEXT = 16, 256
 
 
