@@ -78,6 +78,6 @@ def test_evaluated_model_is_the_applied_one(evaluator: Evaluator) -> None:
 def _is_reference(evaluator: Evaluator, space: Space) -> bool:
     """Whether each expert of the written stack holds what is stored for it."""
     name = EXPERTS.format(1, "down_proj")
-    stored = evaluator._store._stored(space.sites[space.index(name)], "w4g32")
+    stored = evaluator._store._stored(space.sites[space.index(name)], "w4g32").weights
     stack = evaluator.model.get_parameter(name)
     return all(torch.equal(stack[e], reference_weight(s)) for e, s in enumerate(stored))
