@@ -1,8 +1,9 @@
 """Commands that keep a home in order: delete, gc, bank gc, db upgrade, db check."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,12 @@ from apportion.studies.cli.records import DatabaseCheck, Removal
 from apportion.studies.cli.running import Name
 from apportion.studies.cli.session import Session
 from apportion.units import format_bytes
+
+if TYPE_CHECKING:
+    from apportion.studies.database.store import Store
+    from apportion.studies.home import Home
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
 
 db = typer.Typer(
     name="db",
@@ -54,40 +61,33 @@ def delete(
     _show(display, removal, as_json)
 
 
-def gc(
-    context: typer.Context,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def gc(context: typer.Context, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Remove what no study needs, and what can be made again."""
     from apportion.studies import upkeep
 
-    session = context.ensure_object(Session)
-    store = upkeep.stored(session.home)
-    try:
-        removal = upkeep.collect(session.home, store, dry_run)
-    finally:
-        store.close()
-    _show(session.display(), removal, as_json)
+    _collect(context, upkeep.collect, dry_run, as_json)
 
 
 @bank.command("gc")
-def bank_gc(
-    context: typer.Context,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def bank_gc(context: typer.Context, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Remove compressed weights that no study needs, and nothing else."""
+    from apportion.studies import upkeep
+
+    _collect(context, upkeep.collect_bank, dry_run, as_json)
+
+
+def _collect(
+    context: typer.Context,
+    collect: "Callable[[Home, Store, bool], Removal]",
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     from apportion.studies import upkeep
 
     session = context.ensure_object(Session)
     store = upkeep.stored(session.home)
     try:
-        removal = upkeep.collect_bank(session.home, store, dry_run)
+        removal = collect(session.home, store, dry_run)
     finally:
         store.close()
     _show(session.display(), removal, as_json)
