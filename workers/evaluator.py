@@ -117,7 +117,8 @@ class Evaluator:
         self._current = dict(self._neutral)
         self._forward_without_cache()
         # Before anything is replaced: what treatments narrow is the dense model.
-        self._untouched = shared_copy(self.model)
+        treats = any(option.narrows for row in space.options for option in row)
+        self._untouched = shared_copy(self.model) if treats else self.model
         self._watch_blocks([site.name for site in blocks])
         members = [member for site in space.sites for member in site.members]
         self._layers = {
