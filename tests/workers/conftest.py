@@ -1,7 +1,9 @@
 """A tiny language model with text, a bank of its options, and the specification of a worker."""
 
 import json
+import os
 import random
+import select
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,18 @@ from apportion.workers.spec import WorkerSpec, open_setting
 Descendants = Callable[[int], set[int]]
 CONTEXT = 16
 WORDS = "def return self value for in range if else while class import from print yield".split()
+
+
+def ends(pid: int, seconds: float = 30) -> bool:
+    """Whether the process ends in time. One that nobody has asked for yet has ended too."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], seconds)[0])
+    finally:
+        os.close(process)
 
 
 def write_text(folder: Path, documents: int, words: int, seed: int) -> None:

@@ -18,6 +18,8 @@ from apportion.workers.patience import Patience
 from apportion.workers.ray_cluster import RayCluster
 from apportion.workers.spec import WorkerSpec
 
+from .conftest import ends
+
 STORE_BYTES = 80 * 1024**2
 # Its behavior is in the configuration; which node it is on, in the node's environment.
 ACTING = """
@@ -152,7 +154,7 @@ def test_poison_on_another_node_is_blamed(
     assert (result.error_class, counts(pool)) == (outcome, {outcome: 2})
     poisoned = begun(folder)
     assert act(pool, "work").result(60).failure is None
-    assert not psutil.pid_exists(poisoned)
+    assert ends(poisoned)
 
 
 def test_work_is_not_blamed_for_its_node(

@@ -17,6 +17,8 @@ from apportion.workers.ray_pool import RayPool
 from apportion.workers.spec import WorkerSpec
 from apportion.workers.watchdog import marked
 
+from .conftest import ends
+
 # Its behavior is in the configuration: `act`, and a file `once` that the first try takes away.
 SIMULATED = """
 import os, signal, subprocess, time
@@ -166,7 +168,7 @@ def test_worker_that_is_killed_at_rest_blames_nobody(pool: RayPool, folder: Path
 def test_what_hanging_work_started_ends_with_it(pool: RayPool, folder: Path) -> None:
     (folder / "marker").touch()
     assert act(pool, "wait_for_child", once="marker").result(120).failure is None
-    assert not psutil.pid_exists(int((folder / "child").read_text()))
+    assert ends(int((folder / "child").read_text()))
 
 
 def test_worker_that_cannot_be_replaced_is_an_error(pool: RayPool, folder: Path) -> None:
