@@ -12,7 +12,7 @@ from apportion.search.problem import Floats
 from apportion.studies.database.rows import Evaluation
 from apportion.studies.stages.confirm import difference
 
-LEAST_KL = 1e-7  # nats: below it a mean KL in float32 is rounding
+LEAST_KL = 1e-4  # nats: a perplexity that is higher by a 10,000th; what loses less is all alike
 SAME = 1 + 1e-9  # costs are sums of floats
 
 
@@ -22,13 +22,11 @@ class Point:
 
     Attributes:
         origin: what proposed it.
-        searched: KL on the full search slice, in nats.
         kl: on held-out data, in nats.
         bytes, latency: over dense.
     """
 
     origin: str
-    searched: float
     kl: float
     bytes: float
     latency: float
@@ -86,11 +84,13 @@ def hypervolume(points: Floats, reference: Floats) -> float:
 def excess(one: Point, other: Point, documents: Any) -> float:
     """Paired standard errors by which one's KL is above the other's; below 0 where it is better.
 
+    It is 0 where neither is above `LEAST_KL`.
+
     Args:
         documents: [windows] of which document a held-out window is; None: not known.
     """
     found = difference(one.evaluation, other.evaluation, documents)
-    if found.mean == 0:
+    if found.mean == 0 or max(one.kl, other.kl) <= LEAST_KL:
         return 0.0
     return found.mean / found.error if found.error > 0 else math.copysign(math.inf, found.mean)
 
@@ -98,11 +98,6 @@ def excess(one: Point, other: Point, documents: Any) -> float:
 def within(points: Iterable[Point], most_bytes: float, most_latency: float) -> list[Point]:
     """The points that keep both limits."""
     return [p for p in points if p.bytes <= most_bytes * SAME and p.latency <= most_latency * SAME]
-
-
-def chosen(points: Iterable[Point]) -> Point | None:
-    """What a user would take: the least KL on search data; None: there are no points."""
-    return min(points, key=lambda point: point.searched, default=None)
 
 
 def least_excess(point: Point, joint: Sequence[Point], documents: Any) -> float:

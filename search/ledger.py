@@ -55,7 +55,7 @@ class Ledger:
         if batch:
             results = yield list(batch.values())
             for (config, part), result in zip(batch, results, strict=True):
-                self._record(config, part, result)
+                self.record(config, part, result)
 
     def known(self, config: Config, part: SearchSlice) -> bool:
         """Whether the loss needs no asking.
@@ -96,7 +96,8 @@ class Ledger:
         known = [config for config in self.complete() if self.problem.feasible(config)]
         return min(known, key=self.mean, default=None)
 
-    def _record(self, config: Config, part: SearchSlice, result: Result) -> None:
+    def record(self, config: Config, part: SearchSlice, result: Result) -> None:
+        """Take what was told of a canonical configuration."""
         self.results[config, part] = result
         if not np.isfinite(result.mean) or result.losses is None or result.weights is None:
             self._failed.add(config)

@@ -15,8 +15,9 @@ from apportion.search.problem import Config, Floats, Problem
 from apportion.search.solver import Proposal, SearchSlice, Strategy
 from apportion.search.solvers.evolutionary import start
 from apportion.search.solvers.exact import Exact
+from apportion.search.solvers.frontier import Frontier
 from apportion.search.solvers.ladder import GAP, Rung, climb, diverse, rungs
-from apportion.search.solvers.score import score
+from apportion.search.solvers.score import PILOT, score
 from apportion.search.solvers.uniform import short_slice, uniform
 from apportion.search.surrogate import Surrogate, observations
 
@@ -44,8 +45,14 @@ class Hybrid:
         self.climbed = 0
 
     def strategy(self) -> Strategy:
-        """Table, baselines, exact answers, half of the front, search, the other half."""
+        """Table, baselines, exact answers, half of the front, search, the other half.
+
+        Where the limits do not bind there is nothing to search for but the front.
+        """
         ledger, full = self.ledger, self.ledger.settings.full
+        if self.problem.feasible(self.problem.neutral_config):
+            yield from self._frontier()
+            return
         self.problem = yield from score(ledger, self.problem)
         self.exact.problem = self.problem
         optimum = self.exact.solve(self.problem.additive)
@@ -61,6 +68,18 @@ class Hybrid:
         if start(ledger, self.problem) is not None:
             yield from self._search(ledger.settings.tokens - (reserve - reserve // 2))
         yield from self._front(ledger.settings.tokens)
+
+    def _frontier(self) -> Strategy:
+        """Table, baselines, the table again where it matters, and the whole front."""
+        ledger = self.ledger
+        self.problem = yield from score(ledger, self.problem, share=PILOT)
+        self.exact.problem = self.problem
+        yield from ledger.measure(
+            [Proposal(self.problem.neutral_config, ledger.settings.full, "hybrid:neutral")]
+        )
+        yield from uniform(ledger, self.problem, BASELINES)
+        frontier = Frontier(ledger, self.problem, self.exact, self.memory)
+        yield from frontier.search(ledger.settings.tokens)
 
     def _front(self, until: int) -> Measuring:
         full, ledger = self.ledger.settings.full, self.ledger

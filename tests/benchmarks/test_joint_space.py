@@ -57,11 +57,9 @@ def test_hypervolume_of_points_outside_the_reference_is_zero(fronts: ModuleType)
     assert fronts.hypervolume(outside, np.ones(3)) == 0
 
 
-def point(
-    fronts: ModuleType, losses: list[float], size: float, latency: float, searched: float = 0.0
-) -> Any:
+def point(fronts: ModuleType, losses: list[float], size: float, latency: float) -> Any:
     evaluation = Evaluation(np.array(losses), np.ones(len(losses)), None, 0.0)
-    return fronts.Point("given", searched, float(np.mean(losses)), size, latency, evaluation)
+    return fronts.Point("given", float(np.mean(losses)), size, latency, evaluation)
 
 
 def test_least_excess_is_of_the_best_joint_point_that_is_neither_larger_nor_slower(
@@ -81,13 +79,14 @@ def test_least_excess_is_of_the_best_joint_point_that_is_neither_larger_nor_slow
     assert fronts.least_excess(axis, [axis], None) == 0
 
 
-def test_what_is_chosen_within_limits_never_depends_on_held_out_data(fronts: ModuleType) -> None:
-    liked = point(fronts, [9.0, 9.0], 0.5, 0.5, searched=1.0)
-    lucky = point(fronts, [0.1, 0.1], 0.5, 0.5, searched=2.0)
-    large = point(fronts, [0.1, 0.1], 0.6, 0.5, searched=0.5)
-    points = [lucky, large, liked]
-    assert fronts.chosen(fronts.within(points, 0.5, 0.5)) is liked
-    assert fronts.chosen(fronts.within(points, 0.4, 0.5)) is None
+def test_losses_too_small_to_matter_are_all_alike(fronts: ModuleType) -> None:
+    least = fronts.LEAST_KL
+    small = point(fronts, [0.1 * least, 0.1 * least], 0.5, 0.5)
+    other = point(fronts, [0.8 * least, 0.9 * least], 0.5, 0.5)
+    above = point(fronts, [1.8 * least, 1.9 * least], 0.5, 0.5)
+    assert fronts.excess(other, small, None) == 0
+    assert fronts.excess(above, small, None) > 2
+    assert small.criteria == other.criteria
 
 
 def test_inside_the_reference_box_nothing_is_worse_than_the_reference(fronts: ModuleType) -> None:
