@@ -20,6 +20,7 @@ from apportion.kernels.reference import (
 INT4_GROUPS = (32, 64, 128)
 INT4_ROWS = 16
 INT4_INNER_TILES = 2
+INT8_INPUTS = 16
 # oneDNN is fast for unsigned activations only: int8 shifted up by this.
 ZERO_POINT = 128
 VNNI = ("avx512_vnni", "avx_vnni")
@@ -143,7 +144,11 @@ def refuses_int8(format: Format, shapes: Sequence[LayerShape], device: str) -> s
     """Why the 8-bit operator with bfloat16 activations does not serve, if it does not."""
     if format.activation_bits is not None:
         return "does not quantize activations"
-    return _refuses_integers(format, shapes, bits=8) or _refuses_scales(format)
+    if reason := _refuses_integers(format, shapes, bits=8) or _refuses_scales(format):
+        return reason
+    # torch's operator crashes on others, as soon as there are several rows
+    is_served = all(shape.in_features % INT8_INPUTS == 0 for shape in shapes)
+    return None if is_served else f"needs inputs in multiples of {INT8_INPUTS}"
 
 
 def refuses_int8_activations(

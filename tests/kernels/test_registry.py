@@ -53,6 +53,13 @@ def test_linear_layers_are_served_by(format: Format, expected: list[str]) -> Non
     assert names(format) == expected
 
 
+@pytest.mark.parametrize("inputs", [8, 24, 120])
+def test_8_bit_operator_leaves_alone_what_it_crashes_on(inputs: int) -> None:
+    assert names(W8, LayerShape(32, inputs)) == ["linear.f32", "linear.bf16"]
+    reason = refusals(W8, [LayerShape(32, inputs)], "cpu")["int8pack.bf16"]
+    assert reason == "needs inputs in multiples of 16"
+
+
 @pytest.mark.parametrize(
     ("format", "expected"),
     [
