@@ -32,8 +32,9 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
-from apportion.cost_models.measured import measure_item, plan_item
+from apportion.cost_models.measured import measure_item
 from apportion.cost_models.operators import model_dtype
+from apportion.cost_models.planning import plan_item
 from apportion.cost_models.profile import CONFIGURATIONS, Profile, make_context, measure_profile
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.rows import alike_options, choose, item_rows, shape_of

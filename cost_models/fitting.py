@@ -13,8 +13,9 @@ from apportion.cost_models.correction import (
     margin,
 )
 from apportion.cost_models.harness import Call
-from apportion.cost_models.measured import Context, ItemTimes
+from apportion.cost_models.measured import ItemTimes
 from apportion.cost_models.operators import ORIGINAL, model_dtype, runs_dense
+from apportion.cost_models.planning import Context
 from apportion.cost_models.requests import runner
 from apportion.cost_models.rows import (
     STRUCTURE,
@@ -22,6 +23,7 @@ from apportion.cost_models.rows import (
     alike_options,
     chosen_program,
     class_numbers,
+    experts_left,
     item_rows,
     parts_of,
     shape_of,
@@ -163,7 +165,14 @@ def _subject(context: Context, times: ItemTimes, choice: Choice, config: Config)
     operators = [o.key for program in running if program is not None for o in program]
     taken = [plan.alternatives.get((place, config[place])) for place in there]
     operators += [name for name in taken if name is not None]
-    dropped = [plan.structures[p] for p in there if space.texts[p][config[p]] == DROP]
+    fewer = [place for place in there if config[place] in experts_left(space, place)]
+    operators += [f"{plan.structures[p]}:{space.texts[p][config[p]]}" for p in fewer]
+    # "drop:mean" is another work than "drop", and the name that it has had is kept for this one.
+    dropped = [
+        plan.structures[p] + space.texts[p][config[p]].removeprefix(DROP)
+        for p in there
+        if space.options[p][config[p]].drops
+    ]
 
     def build() -> Call:
         names = implementation_names(context, choice)

@@ -1,95 +1,25 @@
 """Times one request item: operators and structure, in milliseconds of the dense model."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from apportion.cost_models.harness import Call, Measurement
 from apportion.cost_models.operators import (
     Given,
     Operator,
-    Program,
     built_layers,
-    candidate_programs,
     copies_of,
-    observe,
     original_layers,
-    original_operator,
     rotation,
     round_of,
+    sum_with,
 )
-from apportion.cost_models.requests import RequestItem, runner
-from apportion.cost_models.session import Session, Subject
-from apportion.cost_models.whole_model import configured, signature, whole_description, without
-from apportion.spaces.batches import Batch
-from apportion.spaces.grammar import Option
-from apportion.spaces.sites import Member, Site
-from apportion.spaces.space import DENSE, Space
+from apportion.cost_models.planning import Context, ItemPlan, Layers
+from apportion.cost_models.requests import runner
+from apportion.cost_models.session import Subject
+from apportion.cost_models.whole_model import configured, without
 
 DROPPED_SHARE = 2
 """Every so manieth of like structures is dropped to learn what one of them takes."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is measured, and how: the dense model, its space, and the sitting.
-
-    `footprint` is the bytes of weights that an operator's own must be as cold as.
-    """
-
-    model: nn.Module
-    space: Space
-    sample: Batch
-    threads: int
-    rank_multiple: int
-    footprint: float
-    model_bytes: float
-    session: Session
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Layers of the model that share an input, and what they launch."""
-
-    members: tuple[Member, ...]
-    operator: Operator
-
-
-@dataclass(frozen=True)
-class ItemPlan:
-    """What has to be timed for one request item.
-
-    Attributes:
-        item: the work.
-        originals: place of a weight site or of a sub-block with treatments -> its own layers.
-        candidates: (site, option) -> one program for each implementation that serves it.
-        layers: key of an operator among the originals -> the first layers that are like it.
-        structures: place of a structure site -> its signature.
-        alternatives: (choice block, option) -> name of the alternative, the same where both the
-            blocks and what they are given are alike.
-        model: signature of the dense model.
-    """
-
-    item: RequestItem
-    originals: dict[int, Program]
-    candidates: dict[tuple[int, int], list[Program]]
-    layers: dict[str, Layers]
-    structures: dict[int, str]
-    alternatives: dict[tuple[int, int], str]
-    model: str
-
-    @property
-    def operators(self) -> dict[str, Operator]:
-        """All distinct operators by key, the model's own layers included."""
-        programs = [*self.originals.values(), *(p for row in self.candidates.values() for p in row)]
-        return {operator.key: operator for program in programs for operator in program}
-
-    def description(self, operators: Sequence[str], dropped: Sequence[str]) -> dict[str, Any]:
-        """Of a whole model in which these operators run and these structures are dropped."""
-        threads = next((each.operator.threads for each in self.layers.values()), 0)
-        return whole_description(self.model, self.item, threads, operators, dropped)
 
 
 @dataclass(frozen=True)
@@ -103,7 +33,8 @@ class ItemTimes:
         savings: place of a structure site -> what the model is faster without it.
         dropped: places that were dropped together -> the model without them.
         added: (choice block, option) -> what the model is slower with that alternative than with
-            the first; negative where it is faster.
+            the first; negative where it is faster. (structure site, `drop:mean`) -> what adding
+            the constant takes.
         widths: half widths of the operators' intervals, relative.
     """
 
@@ -114,57 +45,6 @@ class ItemTimes:
     dropped: dict[tuple[int, ...], float]
     added: dict[tuple[int, int], float]
     widths: tuple[float, ...]
-
-
-def plan_item(context: Context, item: RequestItem) -> ItemPlan:
-    """Run the model once to see what its layers are given, and list what that takes to time."""
-    model, space = context.model, context.space
-    given = observe(model, space, runner(model, item, context.sample))
-    originals: dict[int, Program] = {}
-    candidates: dict[tuple[int, int], list[Program]] = {}
-    layers: dict[str, Layers] = {}
-    for place, site in enumerate(space.sites):
-        launched = [o for o in enumerate(space.options[place]) if _launches(site, o[1])]
-        seen = [given[group[0].module] for group in site.groups if group[0].module in given]
-        if not launched or len(seen) < len(site.groups):
-            continue
-        own = [
-            Layers(group, original_operator(model, group, each, context.threads))
-            for group, each in zip(site.groups, seen, strict=True)
-        ]
-        originals[place] = tuple(each.operator for each in own)
-        for each in own:
-            layers.setdefault(each.operator.key, each)
-        for number, option in launched:
-            candidates[place, number] = candidate_programs(
-                model, site, option, seen, context.threads, context.rank_multiple
-            )
-    structures = {
-        place: signature(model.get_submodule(site.name), _given_below(space, site, given))
-        for place, site in enumerate(space.sites)
-        if any(space.voiding[place])
-    }
-    alternatives = {
-        (place, number): f"{signature(model.get_submodule(site.name), [given[site.name]])}:{text}"
-        for place, site in enumerate(space.sites)
-        if site.choices and site.name in given
-        for number, text in enumerate(space.texts[place][1:], 1)
-    }
-    return ItemPlan(item, originals, candidates, layers, structures, alternatives, signature(model))
-
-
-def _launches(site: Site, option: Option) -> bool:
-    """Whether an option puts other operators in the place of a site's layers."""
-    return option.narrows or not (site.is_structure or str(option) == DENSE)
-
-
-def _given_below(space: Space, structure: Site, given: dict[str, Given]) -> list[Given]:
-    return [
-        given[site.members[0].module]
-        for site in space.sites
-        if site.members and site.members[0].module in given
-        if site.members[0].module.startswith(structure.name + ".")
-    ]
 
 
 def measure_item(context: Context, plan: ItemPlan) -> ItemTimes:
@@ -187,7 +67,7 @@ def measure_item(context: Context, plan: ItemPlan) -> ItemTimes:
         for places, (some, milliseconds) in zip(likes, dropped.items(), strict=True)
         for place in places
     }
-    added = _with_alternatives(context, plan, dense)
+    added = {**_with_alternatives(context, plan, dense), **_with_constants(context, plan, dense)}
     return ItemTimes(plan, dense, times, savings, dropped, added, tuple(widths))
 
 
@@ -319,3 +199,29 @@ def _with_alternatives(
         for places, some, measured in zip(likes.values(), switched, found, strict=True)
         for place in places
     }
+
+
+def _with_constants(context: Context, plan: ItemPlan, dense: float) -> dict[tuple[int, int], float]:
+    """Milliseconds of adding the constant of `drop:mean`; alike ones are timed once.
+
+    The sum alone is timed: all else that happens in place of a sub-block happens for `drop` too.
+    """
+    session, sites = context.session, context.space.sites
+    places = {place: (given, sites[place[0]].constant) for place, given in plan.constants.items()}
+    alike = list(dict.fromkeys(places.values()))
+
+    def subject(given: Given, shape: tuple[int, ...]) -> Subject:
+        sum_of = [list(given.shape), given.dtype, list(shape)]
+        return Subject(
+            {**plan.description([], []), "sum": sum_of, "threads": context.threads},
+            lambda: sum_with(given, shape),
+        )
+
+    found = session.measure(
+        [subject(*each) for each in alike],
+        lambda: runner(context.model, plan.item, context.sample),
+        session.timing.model_seconds if session.timing else 0.0,
+        context.footprint,
+    )
+    taken = {each: dense * measured.ratio for each, measured in zip(alike, found, strict=True)}
+    return {place: taken[each] for place, each in places.items()}

@@ -95,7 +95,7 @@ def model_dtype(model: nn.Module) -> str:
 
 
 def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
-    """Path of a layer or choice block -> what it is given in one run.
+    """Path of a layer, choice block or site of `drop:mean` -> what it is given in one run.
 
     Of layers that share an input the first. What is not called, or is no layer but written back,
     is left out.
@@ -112,7 +112,8 @@ def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[s
         return note
 
     watched = [site.name for site in space.sites if site.choices]
-    watched += [g[0].module for s in space.sites for g in s.groups if not s.written_back]
+    watched += [site.name for site in space.mean_sites]
+    watched += [g[0].module for s in space.sites for g in s.groups if not g[0].written_back]
     handles = [
         model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True)
         for path in dict.fromkeys(watched)
@@ -270,3 +271,10 @@ def round_of(layers: Sequence[Sequence[nn.Module]], given: Given) -> Call:
             once()
 
     return everything
+
+
+def sum_with(given: Given, shape: tuple[int, ...]) -> Call:
+    """One sum of a tensor like `given` and a constant of a shape that broadcasts to it."""
+    x = torch.randn(given.shape, dtype=DTYPES[given.dtype])
+    constant = torch.randn(shape, dtype=DTYPES[given.dtype])
+    return lambda: x + constant

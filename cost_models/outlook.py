@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from apportion.cost_models.fingerprint import fingerprint
-from apportion.cost_models.measured import plan_item
+from apportion.cost_models.planning import plan_item
 from apportion.cost_models.profile import CONFIGURATIONS, USUAL, make_context
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.session import Session, Stored, Timing
@@ -56,6 +56,7 @@ def outlook(
     needed = {key for plan in plans for key in plan.operators}
     changed = [{*plan.structures.values(), *plan.alternatives.values()} for plan in plans]
     whole = sum(1 + len(names) + configurations for names in changed)
+    whole += sum(len(set(plan.constants.values())) for plan in plans)
     models = {plan.model for plan in plans}
     whole_stored = sum(subject.get("model") in models for subject in subjects)
     seconds = timing.operator_seconds * len(needed - stored)

@@ -10,8 +10,9 @@ from torch import nn
 from apportion.cost_models import correction
 from apportion.cost_models.fingerprint import fingerprint as this_machine
 from apportion.cost_models.fitting import Fitted, fit_whole, implementation_names
-from apportion.cost_models.measured import Context, ItemTimes, measure_item, plan_item
+from apportion.cost_models.measured import ItemTimes, measure_item
 from apportion.cost_models.operators import model_dtype
+from apportion.cost_models.planning import Context, plan_item
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.rows import Choice, choose
 from apportion.cost_models.sampling import Config
@@ -38,7 +39,7 @@ class Profile:
         request: what latency means.
         sites: names.
         options: texts [site][option].
-        implementations: site -> option -> what runs it, for all but dense, keep and drop.
+        implementations: site -> option -> what runs it, for all but dense, keep and drops.
         uncredited: site -> options that run dense and get no latency credit.
         dense_ms: the dense model's milliseconds for the whole request.
         rows: corrected milliseconds [site][option].
@@ -138,6 +139,7 @@ def measure_profile(
         plans = [plan_item(context, item) for item in request]
         session.total = sum(len(p.operators) + len(set(p.structures.values())) + 1 for p in plans)
         session.total += sum(len(set(p.alternatives.values())) for p in plans)
+        session.total += sum(len(set(p.constants.values())) for p in plans)
         session.total += configurations * len(plans)
         items = [measure_item(context, plan) for plan in plans]
         choice = choose(space, items, model_dtype(model))

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from apportion.kernels.formats import Format, LayerShape, StoredWeight, layout
+from apportion.kernels.formats import DTYPES, Format, LayerShape, StoredWeight, layout
 from apportion.kernels.packing import pack_mask
 from apportion.kernels.positions import pack_positions
 from apportion.spaces.compressors.sparsify import removed_count
 from apportion.spaces.grammar import Option
 from apportion.spaces.parts import first_units, parts
 from apportion.spaces.sites import Site
-from apportion.spaces.space import Space
+from apportion.spaces.space import DROP_MEAN, Space
 from apportion.spaces.stored import Stored, StoredSite
 
 
@@ -64,6 +64,8 @@ def random_weights(space: Space, dtype: str, rank_multiple: int) -> Stored:
     places: Mapping[str, int] = space.names
 
     def stored(site: Site, option: Option) -> StoredSite:
+        if str(option) == DROP_MEAN:
+            return StoredSite((), constant=torch.zeros(site.constant, dtype=DTYPES[dtype]))
         launched = parts(site, option, dtype, rank_multiple)
         layers = [pair for p in launched for pair in zip(p.formats, p.shapes, strict=True)]
         weights = [

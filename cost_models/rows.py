@@ -21,8 +21,8 @@ class Choice:
     """Implementation names [site][option]; "dense" for a weight site's neutral option.
 
     Attributes:
-        names: "structure" for keep, drop and alternatives of choice blocks; "dense" also where
-            nothing serves.
+        names: "structure" for keep, drops, fewer experts and alternatives of choice blocks; "dense"
+            also where nothing serves.
         credited: whether the option runs anything but the dense computation.
     """
 
@@ -56,10 +56,15 @@ def choose(space: Space, items: Sequence[ItemTimes], dtype: str) -> Choice:
     for place, site in enumerate(space.sites):
         options = space.options[place]
         if site.is_structure:
-            treatments = [_fastest(items, place, o) or ORIGINAL for o in range(len(options))]
-            both = zip(options, treatments, strict=True)
-            names.append(tuple(name if o.narrows else STRUCTURE for o, name in both))
-            credited.append((True,) * len(options))
+            left = experts_left(space, place)
+            launching = [o.narrows and number not in left for number, o in enumerate(options)]
+            names.append(
+                tuple(
+                    _fastest(items, place, number) or ORIGINAL if launches else STRUCTURE
+                    for number, launches in enumerate(launching)
+                )
+            )
+            credited.append(tuple(option not in left for option in range(len(options))))
             continue
         dense = runs_dense(site, dtype)
         chosen = [_fastest(items, place, o) or ORIGINAL for o in range(1, len(options))]
@@ -96,8 +101,10 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
     """Mean and upper milliseconds [sites, options] of one request item, its count not applied.
 
     The neutral row of a structure site is what dropping it saves less what its sites take, that
-    of a treatment what its program takes and the kept share of what is in the sub-block beside its
-    layers. Those of a choice block are what its alternatives take more than the fastest of them.
+    of `drop:mean` what adding its constant takes, that of a treatment what its program takes and
+    the kept share of what is in the sub-block beside its layers; one that leaves experts out takes
+    what all of it takes. Those of a choice block are what its alternatives take more than the
+    fastest of them.
     """
     rows: list[list[tuple[float, float]]] = [
         [(0.0, 0.0)] * len(options) for options in space.options
@@ -109,6 +116,8 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
         elif space.sites[place].is_structure:
             own = max(0.0, times.savings.get(place, 0.0) - below[place])
             rows[place] = _structure_times(space, times, choice, place, own)
+            for number in experts_left(space, place):
+                rows[place][number] = (own + below[place], own + below[place])
         elif place in times.plan.originals:
             rows[place] = [
                 _operator_times(times, choice, place, option)
@@ -118,6 +127,17 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
             below[space.parent[place]] += below[place] + rows[place][0][0]
     means = [[mean for mean, _ in row] for row in rows]
     return padded(means), padded([[upper for _, upper in row] for row in rows])
+
+
+def experts_left(space: Space, place: int) -> list[int]:
+    """The treatments of a site that leave experts out: no time is known to be saved.
+
+    A token is given to as many as before, so the work is the same; with fewer experts each has more
+    tokens at a time.
+    """
+    if not space.sites[place].has_experts:
+        return []
+    return [number for number, option in enumerate(space.options[place]) if option.narrows]
 
 
 def _alternative_times(times: ItemTimes, place: int, options: int) -> list[tuple[float, float]]:
@@ -135,11 +155,12 @@ def _operator_times(
 def _structure_times(
     space: Space, times: ItemTimes, choice: Choice, place: int, own: float
 ) -> list[tuple[float, float]]:
-    """Of `keep`, with `own` milliseconds beside what lies below, of `drop` and of treatments."""
+    """Of `keep`, with `own` milliseconds beside what lies below, of drops and of treatments."""
     site, options = space.sites[place], space.options[place]
     layers = program_times(times, times.plan.originals.get(place, ()))[0]
     beside = max(0.0, times.savings.get(place, 0.0) - layers)
-    rows = [(own, own), *[(0.0, 0.0)] * (len(options) - 1)]
+    sums = (times.added.get((place, number), 0.0) for number in range(1, len(options)))
+    rows = [(own, own), *((taken, taken) for taken in sums)]
     for number, option in enumerate(options):
         program = chosen_program(times, choice, place, number)
         if site.width is not None and program is not None:

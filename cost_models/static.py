@@ -1,5 +1,6 @@
 """Costs that need no clock: bytes of the written file, bytes while running, bits per weight."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import unit_vectors
 from apportion.spaces.parts import first_units, part_shapes, parts
 from apportion.spaces.sites import Member, Site
-from apportion.spaces.space import DENSE, KEEP, Space
+from apportion.spaces.space import DENSE, DROP_MEAN, KEEP, Space
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def weight_bytes(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTI
 def site_bytes(
     model: nn.Module, space: Space, rank_multiple: int = RANK_MULTIPLE
 ) -> list[dict[str, int]]:
-    """For each site, option text -> stored bytes of its weights; 0 for drop.
+    """For each site, option text -> stored bytes of its weights, or of its constant; 0 for drop.
 
     `keep` has the bytes of what only a treatment stores otherwise: of weights below it that are in
     no weight site.
@@ -94,9 +95,10 @@ def resident_cost(
 
     def size(site: Site, option: Option) -> float:
         if option.is_structure and not option.narrows:
-            return 0.0
-        if str(option) == DENSE or site.written_back:
-            return float(site.weights * DTYPES[dtype].itemsize)
+            return _constant_bytes(site, option, dtype)
+        if str(option) == DENSE or site.written_back or site.has_experts:
+            shapes = (shape for part in part_shapes(site, option) for shape in part)
+            return float(sum(shape.weights for shape in shapes) * DTYPES[dtype].itemsize)
         name = implementations[site.name][str(option)]
         key = (name, str(option), part_shapes(site, option))
         if key not in held:
@@ -148,9 +150,16 @@ def _with_below(space: Space, rows: Rows) -> list[float]:
     return costs
 
 
+def _constant_bytes(site: Site, option: Option, dtype: str) -> float:
+    """Of what `drop:mean` adds; 0 for what else says only what runs."""
+    if str(option) != DROP_MEAN:
+        return 0.0
+    return float(math.prod(site.constant) * DTYPES[dtype].itemsize)
+
+
 def _site_bytes(site: Site, option: Option, dtype: str, rank_multiple: int) -> float:
     if option.is_structure and not option.narrows:
-        return 0.0
+        return _constant_bytes(site, option, dtype)
     if str(option) == DENSE:
         return float(site.weights * DTYPES[dtype].itemsize)
     return float(
@@ -164,12 +173,16 @@ def _site_bytes(site: Site, option: Option, dtype: str, rank_multiple: int) -> f
 
 def _only_treated(space: Space) -> dict[int, list[Member]]:
     """Place of a structure site -> weights that its treatments hold and no weight site does."""
-    held = {member.path for site in space.sites for member in site.members}
+    held = {_view(member) for site in space.sites for member in site.members}
     return {
-        place: [m for group in site.groups for m in group if m.path not in held]
+        place: [m for group in site.groups for m in group if _view(m) not in held]
         for place, site in enumerate(space.sites)
         if any(option.narrows for option in space.options[place])
     }
+
+
+def _view(member: Member) -> tuple[str, int | None]:
+    return member.parameter_path, member.index
 
 
 def _written(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -193,20 +206,18 @@ def _add_remainder(
     weights = {member.parameter_path for site in space.sites for member in site.members}
     base = 0.0
     for name, tensor in tensors.items():
-        if name in weights:
-            continue
         size = tensor.numel() * tensor.element_size()
         around = [
             place
             for place, site in enumerate(space.sites)
             if site.is_structure and name.startswith(site.name + ".")
         ]
-        if not around:
+        if name not in weights and not around:
             base += size
-            continue
-        place = max(around, key=lambda place: len(space.sites[place].name))
-        for number in _options_holding(space, place, name):
-            rows[place][number] += size
+        elif name not in weights:
+            place = max(around, key=lambda place: len(space.sites[place].name))
+            for number in _options_holding(space, place, name):
+                rows[place][number] += size
         for place in around:
             for number, kept in _kept_sizes(model, space, place, name, size):
                 rows[place][number] += kept

@@ -28,7 +28,8 @@ class Problem:
         parent: [sites] index of the site above, -1: none.
         neutral: [sites] the option that changes nothing (`dense`, `keep`); a void site holds it.
         drops: [sites, options] whether choosing it voids all sites below.
-        removes: [sites, options] whether it leaves nothing of the site; None: all that void do.
+        removes: [sites, options] whether it leaves nothing of the site, or a constant in its
+            place; None: all that void do.
         count: [sites] number of real options; those behind it are padding.
         uniform: option text -> that option everywhere it is taken, no drops.
     """

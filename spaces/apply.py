@@ -1,6 +1,6 @@
-"""Puts a configuration into a live model: packed operators in place of layers, nothing in place
-of what is dropped, narrower sub-blocks in place of treated ones, one alternative of each choice
-block, and realized weights as parameters where a module's forward is not known."""
+"""Puts a configuration into a live model: packed operators in place of layers, nothing or a
+constant in place of what is dropped, narrower sub-blocks in place of treated ones, one alternative
+of each choice block, and realized weights as parameters where a module's forward is not known."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +14,10 @@ from apportion.kernels.group import members as group_members
 from apportion.kernels.reference import reference_weight
 from apportion.kernels.registry import implementation
 from apportion.spaces.choice import OPERATION, choice_at
+from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
 from apportion.spaces.sites import Member, Site
-from apportion.spaces.space import DENSE, DROP, Space
+from apportion.spaces.space import DENSE, DROP_MEAN, Space
 from apportion.spaces.stored import Stored, StoredSite
 from apportion.spaces.views import matrix_of, parameter_at, set_parameter, written
 
@@ -25,16 +26,21 @@ WRITTEN_BACK = "written back"
 
 
 class Dropped(nn.Module):
-    """Stands where a sub-block or block was and does nothing.
+    """Stands where a sub-block or block was and does nothing, or adds a constant.
 
-    It returns its input where the sub-block added its own residual, zeros otherwise, in the form
-    that the caller expects. Where a key-value cache is handed in, the dropped layer's entry grows
-    by keys of one channel, because models read the sequence length from the cache's first layer.
+    It returns its input where the sub-block added its own residual, zeros otherwise, with the
+    constant added where there is one, in the form that the caller expects. Where a key-value cache
+    is handed in, the dropped layer's entry grows by keys of one channel, because models read the
+    sequence length from the cache's first layer.
     """
 
-    def __init__(self, site: Site, replaced: nn.Module) -> None:
+    constant: Tensor | None
+
+    def __init__(self, site: Site, replaced: nn.Module, constant: Tensor | None = None) -> None:
+        """Takes the module's place; a constant has the shape `Site.constant`."""
         super().__init__()
         self.site = site
+        self.register_buffer("constant", constant)
         self.layer_indices = [
             index
             for module in replaced.modules()
@@ -46,7 +52,7 @@ class Dropped(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
-        """Return what the dropped module would have returned, had it added nothing."""
+        """Return what the dropped module would have returned, had it added nothing else."""
         given = (*args, *keywords.values())
         hidden = next(a for a in given if isinstance(a, Tensor))
         cache = next((a for a in given if hasattr(a, "get_seq_length")), None)
@@ -55,14 +61,26 @@ class Dropped(nn.Module):
             for index in self.layer_indices:
                 cache.update(keys, keys, index)
         output = hidden if self.site.residual_inside else torch.zeros_like(hidden)
+        if self.constant is not None:
+            output = output + self.constant.to(output)
         if self.site.output == "tuple":
             return (output, *[None] * (self.site.output_length - 1))
         return output
 
 
-def drop(model: nn.Module, site: Site) -> None:
-    """Replace a structure site's module, in place."""
-    model.set_submodule(site.name, Dropped(site, model.get_submodule(site.name)))
+def drop(model: nn.Module, site: Site, constant: Tensor | None = None) -> None:
+    """Replace a structure site's module by nothing, or by a constant that is added, in place."""
+    model.set_submodule(site.name, Dropped(site, model.get_submodule(site.name), constant))
+
+
+def constant_of(site: Site, option: Option, stored: Stored) -> Tensor | None:
+    """What is added in place of a dropped site; None: nothing, by `drop`."""
+    if str(option) != DROP_MEAN:
+        return None
+    constant = stored(site, option).constant
+    if constant is None:
+        raise ApportionError(f"what is stored of {site.name} holds no constant")
+    return constant
 
 
 def member_weight(model: nn.Module, member: Member) -> Tensor:
@@ -115,12 +133,22 @@ def write_back(model: nn.Module, members: Sequence[Member], stored: Sequence[Sto
         set_parameter(model, path, values)
 
 
-def treat(model: nn.Module, site: Site, stored: StoredSite, implementation_name: str) -> None:
-    """Put a narrower sub-block with packed operators in the place of a sub-block, in place."""
+def treat(
+    model: nn.Module, site: Site, stored: StoredSite, implementation_name: str | None
+) -> None:
+    """Put a narrower sub-block with packed operators in the place of a sub-block, in place.
+
+    What is left of experts is written back; all else needs an implementation.
+    """
     if stored.kept is None:
         raise ApportionError(f"what is stored of {site.name} does not say which units it keeps")
     model.set_submodule(site.name, narrowed_copy(model, site, stored.kept))
-    install_groups(model, site.groups, stored.weights, implementation_name)
+    if site.width is not None and site.has_experts:
+        write_back(model, site.width.members(len(stored.kept)), stored.weights)
+    elif implementation_name is None:
+        raise ApportionError(f"nothing serves what is stored of {site.name}")
+    else:
+        install_groups(model, site.groups, stored.weights, implementation_name)
 
 
 def chosen_alternatives(space: Space, configuration: Mapping[str, str]) -> dict[str, str]:
@@ -148,9 +176,9 @@ def apply(
         model: the dense model.
         space: the space that the configuration belongs to.
         configuration: site name -> option text; sites left out stay neutral.
-        stored: gives the packed weights of a site's members under an option.
+        stored: gives what is stored of a site under an option.
         implementations: site name -> option text -> name of the implementation that serves it;
-            what is written back needs none.
+            what is written back needs none, nor does a constant.
     """
     canonical = space.canonical(configuration)
     config = space.config(canonical)
@@ -162,7 +190,8 @@ def apply(
         if text == DENSE or space.void(config, place):
             continue
         if option.narrows:
-            treat(model, site, stored(site, option), implementations[site.name][text])
+            operator = None if site.has_experts else implementations[site.name][text]
+            treat(model, site, stored(site, option), operator)
         elif site.is_structure:
             continue
         elif site.written_back:
@@ -170,7 +199,8 @@ def apply(
         else:
             weights = stored(site, option).weights
             install_groups(model, site.groups, weights, implementations[site.name][text])
-    for site in space.sites:
-        # A sub-block under a dropped block is gone with it: the canonical text says keep there.
-        if canonical[site.name] == DROP:
-            drop(model, site)
+    for place, site in enumerate(space.sites):
+        # A sub-block under a dropped block is gone with it: the canonical option is keep there.
+        option = space.options[place][config[place]]
+        if option.drops:
+            drop(model, site, constant_of(site, option, stored))

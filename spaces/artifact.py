@@ -1,7 +1,8 @@
 """The native artifact: a folder of safetensors and JSON that runs the compressed layers.
 
 `model.safetensors` holds the dense remainder under the model's own names and each packed member
-under `MODULE.packed.TENSOR` (what is written back: `MODULE.PARAMETER[.INDEX].packed.TENSOR`);
+under `MODULE.packed.TENSOR` (what is written back: `MODULE.PARAMETER[.INDEX].packed.TENSOR`) and
+what is added in place of a dropped module under `MODULE.constant`;
 `apportion.json` says what they are; `report.json` what was promised
 and measured. A Hugging Face model's configuration, tokenizer and generation files lie beside them.
 `spaces.loading` reads it.
@@ -20,16 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apportion.errors import InvalidInput
-from apportion.spaces.apply import WRITTEN_BACK, chosen_alternatives
+from apportion.spaces.apply import WRITTEN_BACK, chosen_alternatives, constant_of
 from apportion.spaces.choice import unchosen
+from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
-from apportion.spaces.sites import Site
-from apportion.spaces.space import DENSE, DROP, Space
+from apportion.spaces.sites import Member, Site
+from apportion.spaces.space import DENSE, Space
 from apportion.spaces.stored import Stored, StoredSite
 
 FORMAT_VERSION = 1
 DESCRIPTION, TENSORS, REPORT = "apportion.json", "model.safetensors", "report.json"
-PACKED = ".packed."
+PACKED, CONSTANT = ".packed.", "constant"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Plan:
 
 def remainder(model: nn.Module, plan: Plan, packed: Sequence["Packed"]) -> dict[str, Tensor]:
     """Every tensor that is not packed, of narrowed sub-blocks narrow; tied tensors once."""
-    gone = [s.name + "." for s in plan.space.sites if plan.configuration[s.name] == DROP]
+    gone = [site.name + "." for site, _ in _dropped(plan)]
     for site in plan.space.sites:
         gone += unchosen(site.name, site.choices, plan.configuration[site.name])
     weights = {m.parameter_path for each in packed for g in each.site.groups for m in g}
@@ -66,6 +68,13 @@ def remainder(model: nn.Module, plan: Plan, packed: Sequence["Packed"]) -> dict[
     return kept
 
 
+def _dropped(plan: Plan) -> list[tuple[Site, Option]]:
+    """The sites that are dropped, and how."""
+    config = plan.space.config(plan.configuration)
+    rows = zip(plan.space.sites, plan.space.options, config, strict=True)
+    return [(site, row[chosen]) for site, row, chosen in rows if row[chosen].drops]
+
+
 @dataclass(frozen=True)
 class Packed:
     """A site whose weights are packed, and what runs them."""
@@ -75,12 +84,18 @@ class Packed:
     stored: StoredSite
     implementation: str
 
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The weights that are stored, by where they lie when they are loaded."""
+        if self.site.width is not None and self.stored.kept is not None:
+            return self.site.width.members(len(self.stored.kept))
+        return tuple(member for group in self.site.groups for member in group)
+
     def to_json(self) -> dict[str, Any]:
         """As the artifact describes it."""
-        members = [member for group in self.site.groups for member in group]
         described = [
             {**replace(member, shape=weight.shape).to_json(), "format": weight.format.to_json()}
-            for member, weight in zip(members, self.stored.weights, strict=True)
+            for member, weight in zip(self.members, self.stored.weights, strict=True)
         ]
         entry = {
             "name": self.site.name,
@@ -94,10 +109,9 @@ class Packed:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its packed tensors by their names in the artifact."""
-        members = [member for group in self.site.groups for member in group]
         return {
             f"{member.path}{PACKED}{name}": tensor.contiguous()
-            for member, weight in zip(members, self.stored.weights, strict=True)
+            for member, weight in zip(self.members, self.stored.weights, strict=True)
             for name, tensor in weight.tensors.items()
         }
 
@@ -110,7 +124,8 @@ def _packed_sites(plan: Plan) -> list[Packed]:
         keeps = site.is_structure and not option.narrows
         if keeps or text == DENSE or plan.space.void(config, place):
             continue
-        name = WRITTEN_BACK if site.written_back else plan.implementations[site.name][text]
+        in_place = site.written_back or site.has_experts
+        name = WRITTEN_BACK if in_place else plan.implementations[site.name][text]
         packed.append(Packed(site, text, plan.stored(site, option), name))
     return packed
 
@@ -121,17 +136,20 @@ def contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     tensors = remainder(model, plan, packed)
     for each in packed:
         tensors |= each.tensors()
-    dropped = [
-        {
+    dropped = []
+    for site, option in _dropped(plan):
+        entry: dict[str, Any] = {
             "name": site.name,
             "kind": site.kind,
             "output": site.output,
             "output_length": site.output_length,
             "residual_inside": site.residual_inside,
         }
-        for site in plan.space.sites
-        if plan.configuration[site.name] == DROP
-    ]
+        constant = constant_of(site, option, plan.stored)
+        if constant is not None:
+            entry[CONSTANT] = list(constant.shape)
+            tensors[f"{site.name}.{CONSTANT}"] = constant.contiguous()
+        dropped.append(entry)
     chosen = chosen_alternatives(plan.space, plan.configuration)
     sites = [each.to_json() for each in packed]
     return tensors, {"sites": sites, "dropped": dropped, "chosen": chosen}

@@ -18,8 +18,8 @@ from apportion.spaces.stored import StoredSite
 
 # Part of every entry's name: raise it when a compressor gives other numbers than before
 # (tests/spaces/test_bank.py holds a golden entry that notices).
-COMPRESSOR_VERSION = 2
-HASH = "tensors"
+COMPRESSOR_VERSION = 3
+HASH, CONSTANT = "tensors", "constant"
 
 
 class NotFetched(ApportionError):
@@ -44,7 +44,8 @@ class Bank:
     An entry holds the packed tensors of all members of a site, named `MEMBER.TENSOR`, and in its
     header the members' formats and shapes, and the hash of their tensors, which every read checks.
     (Entries that were written before there was one are read as they are.) Of a treatment the header
-    is {"members": those, "kept": numbers of the units that stay}.
+    is {"members": those, "kept": numbers of the units that stay}; of a constant, whose tensor is
+    named so, {"members": [], "constant": its hash}.
     """
 
     def __init__(
@@ -92,8 +93,12 @@ class Bank:
             }
             for m in stored.weights
         ]
+        more: dict[str, Any] = {} if stored.kept is None else {"kept": stored.kept}
+        if stored.constant is not None:
+            tensors[CONSTANT] = stored.constant.contiguous()
+            more[CONSTANT] = tensors_hash({CONSTANT: stored.constant})
         # one key: safetensors writes several in any order, and equal entries are equal files
-        told = header if stored.kept is None else {"members": header, "kept": stored.kept}
+        told = {"members": header, **more} if more else header
         content = save(tensors, metadata={"members": json.dumps(told)})
         write_whole(self.path(key), content)
 
@@ -123,9 +128,11 @@ class Bank:
             with safe_open(path, framework="pt") as file:
                 told = json.loads(file.metadata()["members"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header, kept = (told["members"], told["kept"]) if "kept" in told else (told, None)
+            more = told if isinstance(told, dict) else {"members": told}
+            header, kept = more["members"], more.get("kept")
             weights = [_member(place, header[place], tensors) for place in range(len(header))]
-            return StoredSite(tuple(weights), kept and tuple(map(int, kept)))
+            constant = _constant(more[CONSTANT], tensors) if CONSTANT in more else None
+            return StoredSite(tuple(weights), kept and tuple(map(int, kept)), constant)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
 
@@ -138,3 +145,10 @@ def _member(place: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return StoredWeight(
         Format.from_json(header["format"]), LayerShape.from_json(header["shape"]), own
     )
+
+
+def _constant(expected: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    constant = tensors[CONSTANT]
+    if tensors_hash({CONSTANT: constant}) != expected:
+        raise ValueError("its numbers are not those that were written: the disk is faulty")
+    return constant

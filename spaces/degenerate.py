@@ -53,6 +53,12 @@ def degeneracy(
     return ", ".join(words for words in found if words) or None
 
 
+def is_unreached(statistics: InputStatistics | None, options: Sequence[Option]) -> bool:
+    """Whether no calibration data entered what an option needs the inputs of."""
+    needed = any(option.needs_statistics for option in options)
+    return needed and statistics is not None and statistics.tokens == 0
+
+
 def _dead_outputs(weights: Iterable[Tensor]) -> str | None:
     rows = torch.cat([weight.any(1) for weight in weights])
     dead = len(rows) - int(rows.sum())

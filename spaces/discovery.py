@@ -55,7 +55,8 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     seen = probe(model, batch)
     untreated: dict[str, str] = {}
     layers = {layer.member.module: layer for layer in find_layers(model, seen, untreated)}
-    views = _views(model, batch, seen.called, layers, untreated)
+    unseen: dict[str, str] = {}
+    views = _views(model, batch, seen.called, layers, untreated, unseen)
     choices = _choices(model, layers, views, untreated)
     held = [*layers, *views, *choices]
     calls = {name: call for name, call in seen.calls.items() if not _is_in(name, choices)}
@@ -67,13 +68,16 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     ]
     weights = [
         *_layer_sites(layers, structure, _output_head(model)),
-        *_written_sites(model, views, structure),
+        *_written_sites(model, views, unseen, structure),
     ]
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     structure.sort(key=lambda site: order[site.name])
     weights.sort(key=lambda site: order[_owner(site)])
     widths, fixed_widths = find_widths(model, structure, weights, untreated, seen.calls)
-    structure = [replace(site, width=widths.get(site.name)) for site in structure]
+    structure = [
+        replace(site, width=widths.get(site.name), constant=_constant_shape(model, site, calls))
+        for site in structure
+    ]
     unreached = {site.name for site in weights if site.members[0].module not in seen.called}
     sites = _in_tree_order(structure, weights)
     return Discovery(sites, frozenset(unreached), untreated, fixed_widths)
@@ -105,6 +109,7 @@ def _views(
     called: set[str],
     layers: Mapping[str, Layer],
     untreated: dict[str, str],
+    unseen: dict[str, str],
 ) -> Views:
     """What is left of the matrices, as far as it is seen how they are used."""
     owners = owners_of(model)
@@ -116,9 +121,9 @@ def _views(
         if parameter.ndim >= 2 and owners[id(parameter)] == 1
         if id(parameter) not in tables and name not in taken
     }
-    known = known_views(model, called, left)
+    known = known_views(model, called, left, unseen)
     rest = {name: parameter for name, parameter in left.items() if name not in known}
-    views = known | watched_views(model, batch, called, rest)
+    views = known | watched_views(model, batch, called, rest, unseen)
     for name, experts in routers(views).items():
         del views[name]
         untreated[name.removesuffix(".weight")] = f"a router among {experts} experts"
@@ -228,6 +233,26 @@ def _structure_site(
     return Site(name, kind, (), parent)
 
 
+def _constant_shape(model: nn.Module, site: Site, calls: Mapping[str, Call]) -> tuple[int, ...]:
+    """`[features]`, or `[channels, 1, 1]` where what a module returns are a convolution's maps."""
+    if site.choices:
+        return ()
+    shape = calls[site.name].input.shape
+    if _gives_maps(model.get_submodule(site.name), shape):
+        return (shape[1], *[1] * (len(shape) - 2))
+    return (shape[-1],)
+
+
+def _gives_maps(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether what a module gives is a convolution's, `[batch, channels, ...]`."""
+    convolutions = [each for each in module.modules() if isinstance(each, CONVOLUTIONS)]
+    if len(shape) < 3 or all(each.out_channels != shape[1] for each in convolutions):
+        return False
+    # [batch, tokens, features] may have as many tokens: a matrix of the features tells them apart.
+    matrices = [each.shape for each in module.parameters() if each.ndim == 2]
+    return len(shape) > 3 or not any(shape[-1] in each for each in matrices)
+
+
 def _parent_of(path: str, structure: list[Site]) -> str | None:
     around = [site.name for site in structure if path.startswith(site.name + ".")]
     return max(around, key=len, default=None)
@@ -252,9 +277,12 @@ def _layer_sites(
         yield Site(name, kind, tuple(group), parent, optional=optional)
 
 
-def _written_sites(model: nn.Module, views: Views, structure: list[Site]) -> Iterator[Site]:
+def _written_sites(
+    model: nn.Module, views: Views, unseen: Mapping[str, str], structure: list[Site]
+) -> Iterator[Site]:
     """One site for each parameter; the matrices of a stack, a block's experts, share it."""
     for name, members in views.items():
         module = model.get_submodule(members[0].module)
         kind = "conv" if isinstance(module, CONVOLUTIONS) else "linear"
-        yield Site(name, kind, members, _parent_of(name, structure))
+        parent = _parent_of(name, structure)
+        yield Site(name, kind, members, parent, unseen=unseen.get(name))

@@ -1,6 +1,6 @@
 """Spaces of a study file: for each site the options of the first entry that names it."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -8,15 +8,16 @@ from fnmatch import fnmatchcase
 from apportion.errors import InvalidInput
 from apportion.spaces.choice import OPERATION
 from apportion.spaces.compressors.compose import refusal
-from apportion.spaces.grammar import Option, parse_option, unrealized
+from apportion.spaces.grammar import Option, parse_option
 from apportion.spaces.parts import treatment_refusal
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DENSE, DROP, KEEP, Space
+from apportion.spaces.unrealized import unrealized
 from apportion.spaces.views import not_written_back
 
 KINDS = (
-    "keep and drop are for blocks and sub-blocks, cP% for those of them whose width can change "
-    "(apportion sites), op:NAME for choice blocks, all others for weights"
+    "keep, drop and drop:mean are for blocks and sub-blocks, cP% for those of them whose width can "
+    "change (apportion sites), op:NAME for choice blocks, all others for weights"
 )
 
 
@@ -55,7 +56,7 @@ def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: 
     chosen_sites: list[Site] = []
     chosen_options: list[tuple[Option, ...]] = []
     parsed = _parse_entries(entries, problems)
-    matched: set[tuple[int, str]] = set()
+    matched: dict[tuple[int, str], list[Site]] = {}
     unfit: dict[tuple[int, str], list[str]] = {}
     for site in sites:
         found = _entry_of(site, sites, entries, parsed, matched)
@@ -77,6 +78,7 @@ def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: 
         count = f"{len(reasons)} site" + ("s" if len(reasons) > 1 else "")
         problems.append(f'space[{entry + 1}].options: "{text}" does not fit {count}: {reasons[0]}')
     problems += _unmatched(sites, entries, matched)
+    problems += _untaken(entries, parsed, matched)
     if problems:
         raise InvalidInput("\n".join(problems))
     return Space(tuple(chosen_sites), tuple(chosen_options))
@@ -106,9 +108,13 @@ def _entry_of(
     sites: Sequence[Site],
     entries: Sequence[Entry],
     parsed: Sequence[Sequence[Option]],
-    matched: set[tuple[int, str]],
+    matched: dict[tuple[int, str], list[Site]],
 ) -> int | None:
-    """The first entry with an option for this kind of site one of whose patterns names it."""
+    """The first entry with an option for this kind of site one of whose patterns names it.
+
+    Args:
+        matched: takes the site for each (entry, pattern) that names it.
+    """
     decided: int | None = None
     around = [s for s in sites if s.is_structure and _lies_in(site, s)]
     for number, entry in enumerate(entries):
@@ -119,7 +125,7 @@ def _entry_of(
             below = not site.is_structure and any(site_matches(s, pattern) for s in around)
             # An entry of wrong options only has been told of; its patterns may be right.
             if (direct or below) and (fits or not parsed[number]):
-                matched.add((number, pattern))
+                matched.setdefault((number, pattern), []).append(site)
                 if fits and decided is None:
                     decided = number
     return decided
@@ -149,7 +155,7 @@ def _reason(site: Site, option: Option, rank_multiple: int) -> str | None:
         return _unknown_alternative(site, option)
     if site.width is not None:
         return treatment_refusal(option, site.width, rank_multiple)
-    if site.written_back and (reason := not_written_back(option)):
+    if site.written_back and (reason := not_written_back(option, site.unseen)):
         return reason
     found = (refusal(option, member.shape, rank_multiple) for member in site.members)
     return next((reason for reason in found if reason is not None), None)
@@ -164,7 +170,7 @@ def _unknown_alternative(site: Site, option: Option) -> str | None:
 
 
 def _unmatched(
-    sites: Sequence[Site], entries: Sequence[Entry], matched: set[tuple[int, str]]
+    sites: Sequence[Site], entries: Sequence[Entry], matched: Container[tuple[int, str]]
 ) -> list[str]:
     names = [n for s in sites for n in (s.name, f"{s.kind}:{s.name}")]
     kinds = sorted({f"{s.kind}:*" for s in sites})
@@ -184,6 +190,26 @@ def _unmatched(
                 count = sum(site_matches(s, near[0]) for s in sites)
                 hint = f'; nearest: "{near[0]}" ({count} site{"s" if count != 1 else ""})'
             problems.append(f"{place} matches no site{hint}")
+    return problems
+
+
+def _untaken(
+    entries: Sequence[Entry],
+    parsed: Sequence[Sequence[Option]],
+    matched: Mapping[tuple[int, str], Sequence[Site]],
+) -> list[str]:
+    """Options that none of the sites which their entry names can take."""
+    problems = []
+    for number, entry in enumerate(entries):
+        named = [s for pattern in entry.sites for s in matched.get((number, pattern), ())]
+        for option in parsed[number]:
+            neutral = str(option) in (DENSE, KEEP)
+            if neutral or not named or entry.skip_unfit or any(_is_for(s, option) for s in named):
+                continue
+            problems.append(
+                f'space[{number + 1}].options: "{option}" is for none of the sites that the entry '
+                f"names; {KINDS}"
+            )
     return problems
 
 

@@ -1,7 +1,8 @@
 """The option grammar: what can be done to a site, as text and as a value.
 
-`option = dense | f32 | bf16 | fp16 | keep | drop | op:NAME | step(+step)*`. One option has one
-spelling: `parse_option` and `str` are exact inverses, anything else is refused with the right one.
+`option = dense | f32 | bf16 | fp16 | keep | drop | drop:mean | op:NAME | step(+step)*`. One option
+has one spelling: `parse_option` and `str` are exact inverses, anything else is refused with the
+right one.
 """
 
 import difflib
@@ -12,14 +13,15 @@ from decimal import Decimal
 from typing import Any
 
 from apportion.errors import InvalidInput
-from apportion.kernels.codes import CODE_BITS, TERNARY_BITS
+from apportion.kernels.codes import TERNARY_BITS
 
-STRUCTURE_NAMES = ("keep", "drop")
+DROPS = ("drop", "drop:mean")
+STRUCTURE_NAMES = ("keep", *DROPS)
 NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
 STEPS = ("c", "s", "r", "w", "o", "residual")
 ORDER = ", ".join(STEPS)
 METHODS: Mapping[str, tuple[str, ...]] = {
-    "c": ("magnitude", "wanda", "obs", "chip"),
+    "c": ("magnitude", "wanda", "obs", "chip", "drop", "merge"),
     "s": ("magnitude", "wanda", "sparsegpt"),
     "r": ("svd", "whitened"),
     "w": ("rtn", "hqq", "gptq", "awq"),
@@ -116,8 +118,13 @@ class Option:
 
     @property
     def is_structure(self) -> bool:
-        """True for what structure sites and choice blocks have: `keep`, `drop`, `cP%`, op:NAME."""
+        """True for what structure sites and choice blocks have: `keep`, drops, `cP%`, op:NAME."""
         return self.name in STRUCTURE_NAMES or self.operation is not None or self.narrows
+
+    @property
+    def drops(self) -> bool:
+        """True for `drop` and `drop:mean`: the sub-block goes, at most a constant is left."""
+        return self.name in DROPS
 
     @property
     def narrows(self) -> bool:
@@ -138,11 +145,12 @@ class Option:
 
     @property
     def needs_statistics(self) -> bool:
-        """True where the realized weights depend on input statistics, if there are some."""
+        """True where what is realized depends on calibration's statistics, if there are some."""
         methods = dict(self.methods)
         # Outliers follow what rounds the rest: those of a method without statistics need none.
         choosing = (step for step in self.steps if step != "o")
-        return any(methods.get(step) not in WITHOUT_STATISTICS for step in choosing)
+        chooses = any(methods.get(step) not in WITHOUT_STATISTICS for step in choosing)
+        return chooses or self.name == "drop:mean"
 
 
 def parse_option(text: str) -> Option:
@@ -286,24 +294,3 @@ def _unknown(text: str, part: str) -> str:
 def _wrong(text: str, reason: str, part: str | None = None) -> InvalidInput:
     where = "" if part is None or part == text else f'"{part}": '
     return InvalidInput(f'option "{text}": {where}{reason}')
-
-
-def unrealized(option: Option) -> str | None:
-    """Why this version does not realize `option`, though the grammar has it; None if it does."""
-    if option.name == "fp16":
-        return "fp16 is not realized yet; realized: f32, bf16"
-    if option.narrows:
-        return unrealized(option.rest)
-    if option.rank_percent is not None and len(option.steps) > 1:
-        alone = Option(rank_percent=option.rank_percent)
-        return f"{option}: rank together with other steps is not realized yet; realized: {alone}"
-    if option.bits is not None and option.bits not in CODE_BITS:
-        realized = ", ".join(f"w{bits}" for bits in CODE_BITS)
-        return f"{option}: {option.bits} bits are not realized yet; realized: {realized}"
-    if option.activation_bits is not None and (option.steps != ("w",) or option.group is not None):
-        return f"{option}: int8 activations are realized only as w8a8"
-    if option.activation_bits is not None and option.bits != 8:
-        return f"{option}: int8 activations are realized only with 8-bit weights: w8a8"
-    if option.activation_bits is not None and option.scales_inputs:
-        return f"{option}: scaled inputs at 8 bits are not realized yet; realized: w8a8, w8:awq"
-    return None

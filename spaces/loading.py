@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from apportion.errors import ApportionError, InvalidInput
 from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.registry import IMPLEMENTATIONS
 from apportion.spaces.apply import WRITTEN_BACK, drop, install_groups, write_back
-from apportion.spaces.artifact import DESCRIPTION, FORMAT_VERSION, PACKED, TENSORS
+from apportion.spaces.artifact import CONSTANT, DESCRIPTION, FORMAT_VERSION, PACKED, TENSORS
 from apportion.spaces.batches import frozen
 from apportion.spaces.choice import choice_at
 from apportion.spaces.layers import tied_names
@@ -107,6 +108,8 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
         if "width" in site:
             narrow = narrowed_copy(model, _treated(site), site["kept"])
             model.set_submodule(site["name"], narrow)
+    for entry in description["dropped"]:
+        _drop(model, entry, tensors)
     packed = _packed_by_member(tensors)
     rest = {name: t for name, t in tensors.items() if PACKED not in name}
     expected = set(model.state_dict())
@@ -123,12 +126,18 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
     covered = {alias for name in rest for alias in tied.get(name, {name})}
     for site in description["sites"]:
         covered |= _install_site(model, site, packed)
-    for entry in description["dropped"]:
-        drop(model, Site(members=(), parent=None, **entry))
-        covered |= {name for name in expected if name.startswith(entry["name"] + ".")}
     missing = sorted(expected - covered)
     if missing:
         raise InvalidInput(f"tensors missing from {TENSORS}: {', '.join(missing[:3])}")
+
+
+def _drop(model: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Leave a module out; the constant in its place is loaded with the model's other tensors."""
+    shape, constant = entry.get(CONSTANT), None
+    if shape is not None:
+        constant = torch.zeros(shape, dtype=tensors[f"{entry['name']}.{CONSTANT}"].dtype)
+    told = {key: value for key, value in entry.items() if key != CONSTANT}
+    drop(model, Site(members=(), parent=None, **told), constant)
 
 
 def _packed_by_member(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apportion.kernels.formats import LayerShape
 from apportion.kernels.reference import as_kernel
+from apportion.spaces.fewer import expert_tensors, narrow_experts
 from apportion.spaces.sites import Cut, Site, Width
 from apportion.spaces.views import matrix_of, parameter_at, set_parameter
 
@@ -51,6 +52,9 @@ def narrow(module: nn.Module, width: Width, kept: Sequence[int]) -> None:
         width: its width, with paths below the sub-block.
         kept: numbers of the units that stay, ascending.
     """
+    if width.experts is not None:
+        narrow_experts(module, width, kept)
+        return
     vectors = unit_vectors(module, width, kept)
     for cut in width.cuts:
         if cut.side == "whole":
@@ -82,9 +86,10 @@ def unit_vectors(model: nn.Module, width: Width, kept: Sequence[int]) -> dict[st
         kept: numbers of the units that stay, ascending.
 
     Returns:
-        Name in the model's state -> the values of the kept units, `[kept * features]`.
+        Name in the model's state -> the values of the kept units, `[kept * features]`; what is of
+        experts like `expert_tensors`.
     """
-    found: dict[str, Tensor] = {}
+    found = expert_tensors(model, width, kept)
     for cut in width.cuts:
         bias = getattr(model.get_submodule(cut.member.module), "bias", None)
         if cut.side in ("out", "groups") and isinstance(bias, Tensor):
@@ -128,7 +133,16 @@ def moved(width: Width, before: str, after: str) -> Width:
         return replace(old, member=replace(old.member, module=path(old.member.module)))
 
     groups = tuple(tuple(cut(each) for each in group) for group in width.groups)
-    return replace(width, groups=groups, norms=tuple(path(norm) for norm in width.norms))
+    norms, experts = tuple(map(path, width.norms)), width.experts
+    if experts is not None:
+        experts = replace(
+            experts,
+            routers=tuple(map(path, experts.routers)),
+            tensors=tuple(map(path, experts.tensors)),
+            lists=tuple(map(path, experts.lists)),
+            channels=tuple(map(cut, experts.channels)),
+        )
+    return replace(width, groups=groups, norms=norms, experts=experts)
 
 
 def _stored(matrix: Tensor, cut: Cut) -> Tensor:

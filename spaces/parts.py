@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 from apportion.kernels.formats import Format, LayerShape
 from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of, refusal
-from apportion.spaces.compressors.restructure import kept_units, width_refusal
+from apportion.spaces.compressors.restructure import kept_units, unit_refusal, width_refusal
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site, Width
+from apportion.spaces.views import not_written_back
+
+UNSEEN = "what follows c of experts is done without statistics"
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,11 @@ class Part:
 
 
 def part_shapes(site: Site, option: Option) -> tuple[tuple[LayerShape, ...], ...]:
-    """Shapes of what is stored, for each of `site.groups`."""
+    """Shapes of what is stored, for each of `left_groups`."""
     if site.width is None or option.keep_percent is None:
         return tuple(tuple(member.shape for member in group) for group in site.groups)
     kept = kept_units(option.keep_percent, site.width.units)
-    return tuple(tuple(cut.narrowed(kept) for cut in group) for group in site.width.groups)
+    return tuple(tuple(cut.narrowed(kept) for cut in group) for group in site.width.left(kept))
 
 
 def parts(
@@ -47,8 +50,18 @@ def parts(
             shapes,
             tuple(format_of(left, shape, model_dtype, rank_multiple) for shape in shapes),
         )
-        for members, shapes in zip(site.groups, part_shapes(site, option), strict=True)
+        for members, shapes in zip(
+            left_groups(site, option), part_shapes(site, option), strict=True
+        )
     )
+
+
+def left_groups(site: Site, option: Option) -> tuple[tuple[Member, ...], ...]:
+    """Those of `site.groups` that are left under an option: all, or those of so many experts."""
+    if site.width is None or option.keep_percent is None:
+        return site.groups
+    kept = kept_units(option.keep_percent, site.width.units)
+    return tuple(tuple(cut.member for cut in group) for group in site.width.left(kept))
 
 
 def first_units(site: Site, option: Option) -> tuple[int, ...] | None:
@@ -69,8 +82,11 @@ def treatment_refusal(option: Option, width: Width, rank_multiple: int) -> str |
     """Why a sub-block cannot have `cP%` and what is composed with it; None if it can."""
     if option.keep_percent is None:
         return None
-    if reason := width_refusal(option.keep_percent, width):
+    if reason := width_refusal(option.keep_percent, width) or unit_refusal(option, width):
+        return reason
+    if width.experts is not None and (reason := not_written_back(option.rest, UNSEEN)):
         return reason
     kept = kept_units(option.keep_percent, width.units)
-    found = (refusal(option.rest, cut.narrowed(kept), rank_multiple) for cut in width.cuts)
+    cuts = (cut for group in width.left(kept) for cut in group)
+    found = (refusal(option.rest, cut.narrowed(kept), rank_multiple) for cut in cuts)
     return next((reason for reason in found if reason is not None), None)

@@ -1,12 +1,16 @@
 """One entry of the bank made: a site's weights under an option."""
 
+from collections.abc import Iterator, Sequence
+
 from torch import nn
 
+from apportion.kernels.formats import DTYPES, StoredWeight
 from apportion.spaces.apply import member_weight
 from apportion.spaces.compressors.compose import realize
 from apportion.spaces.compressors.treatment import realize_treatment
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
+from apportion.spaces.space import DROP_MEAN
 from apportion.spaces.statistics import StatisticsFiles
 from apportion.spaces.stored import StoredSite
 
@@ -23,9 +27,10 @@ def realize_site(
 
     Args:
         model: the dense model.
-        site: a weight site of it, or a sub-block with a width.
+        site: a weight site of it, or a structure site.
         option: what to do.
-        statistics: of the site's inputs; of a sub-block those of its groups, by their names.
+        statistics: of the site's inputs, by their names; of a treatment those of its groups, of a
+            stack those of each matrix, of `drop:mean` what the site adds.
         model_dtype: dtype of what the option leaves as it is.
         rank_multiple: ranks of rP% are multiples of it.
 
@@ -33,13 +38,45 @@ def realize_site(
         InvalidInput: the option is refused, or weights or statistics are not finite.
         OSError, SafetensorError: the statistics are not there or damaged.
     """
+    if str(option) == DROP_MEAN:
+        return StoredSite((), constant=statistics.added(site.name).mean(DTYPES[model_dtype]))
     weights = [member_weight(model, m).float() for group in site.groups for m in group]
     if site.width is not None and option.keep_percent is not None:
         found = [statistics.of(name) for name in site.input_names]
         return realize_treatment(weights, site.width, option, found, model_dtype, rank_multiple)
-    seen = statistics.of(site.name)
+    names = [n for n, group in zip(site.input_names, site.groups, strict=True) for _ in group]
     stored = (
-        realize(weight, member.shape, option, seen, model_dtype, rank_multiple)
-        for weight, member in zip(weights, site.members, strict=True)
+        realize(weight, member.shape, option, statistics.of(name), model_dtype, rank_multiple)
+        for weight, member, name in zip(weights, site.members, names, strict=True)
     )
     return StoredSite(tuple(stored))
+
+
+def realize_options(
+    model: nn.Module,
+    site: Site,
+    options: Sequence[Option],
+    statistics: StatisticsFiles,
+    model_dtype: str,
+    rank_multiple: int,
+) -> Iterator[StoredSite]:
+    """What the bank stores of a site under each of some options; arguments like `realize_site`.
+
+    Of a stack all options are done to a matrix before the next one's turn, so that they share what
+    is computed of its statistics; the packed stack is held under all of them.
+
+    Raises:
+        InvalidInput, OSError, SafetensorError: like `realize_site`.
+    """
+    if site.is_structure or len(site.groups) == 1:
+        for option in options:
+            yield realize_site(model, site, option, statistics, model_dtype, rank_multiple)
+        return
+    made: list[list[StoredWeight]] = [[] for _ in options]
+    for name, (member,) in zip(site.input_names, site.groups, strict=True):
+        weight = member_weight(model, member).float()
+        for option, stored in zip(options, made, strict=True):
+            seen = statistics.of(name)
+            stored.append(realize(weight, member.shape, option, seen, model_dtype, rank_multiple))
+    for stored in made:
+        yield StoredSite(tuple(stored))

@@ -112,35 +112,79 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where the experts of a sub-block lie.
+
+    Attributes:
+        routers: of `tensors` the matrices `[experts, in]` that give each expert its logit.
+        tensors: names of all parameters and buffers `[experts, ...]`, but for those in `lists`.
+        lists: paths of lists of like modules, one for each expert.
+        least: fewer are not enough for a token.
+        channels: how each matrix of the first expert holds the channels of an expert; none: not
+            known, or its experts have biases.
+    """
+
+    routers: tuple[str, ...]
+    tensors: tuple[str, ...]
+    lists: tuple[str, ...]
+    least: int
+    channels: tuple[Cut, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "channels": [cut.to_json() for cut in self.channels]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        routers, tensors, lists = (tuple(value[key]) for key in ("routers", "tensors", "lists"))
+        channels = tuple(map(Cut.from_json, value["channels"]))
+        return cls(routers, tensors, lists, value["least"], channels)
+
+
+@dataclass(frozen=True)
 class Width:
     """What a sub-block is wide by: units that can be left out without a change of its interface.
 
     Attributes:
-        unit: "head" (a key-value head and its queries) or "channel".
+        unit: "head" (a key-value head and its queries), "channel" or "expert".
         units: how many there are.
         groups: all weights of the sub-block; those of a group are given the same input and run as
-            one operator.
+            one operator. Of experts: first one group for each expert, with all its matrices, then
+            the others; none of the router.
         norms: paths of modules between them whose vectors `[units]` follow.
+        experts: of experts, where they lie.
     """
 
-    unit: Literal["head", "channel"]
+    unit: Literal["head", "channel", "expert"]
     units: int
     groups: tuple[tuple[Cut, ...], ...]
     norms: tuple[str, ...] = ()
+    experts: Experts | None = None
 
     def to_json(self) -> dict[str, Any]:
         groups = [[cut.to_json() for cut in group] for group in self.groups]
-        return {"unit": self.unit, "units": self.units, "groups": groups, "norms": self.norms}
+        told = {"unit": self.unit, "units": self.units, "groups": groups, "norms": self.norms}
+        return told if self.experts is None else {**told, "experts": self.experts.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         groups = tuple(tuple(map(Cut.from_json, group)) for group in value["groups"])
-        return cls(value["unit"], value["units"], groups, tuple(value["norms"]))
+        experts = Experts.from_json(value["experts"]) if "experts" in value else None
+        return cls(value["unit"], value["units"], groups, tuple(value["norms"]), experts)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         """Those of all groups."""
         return tuple(cut for group in self.groups for cut in group)
+
+    def left(self, kept: int) -> tuple[tuple[Cut, ...], ...]:
+        """The groups of a sub-block of so many units; experts are alike and move up."""
+        if self.experts is None:
+            return self.groups
+        return self.groups[:kept] + self.groups[self.units :]
+
+    def members(self, kept: int) -> tuple[Member, ...]:
+        """All weights of a sub-block of so many units."""
+        return tuple(cut.member for group in self.left(kept) for cut in group)
 
 
 @dataclass(frozen=True)
@@ -151,7 +195,8 @@ class Site:
         name: module path; of a fused group the parent and its members
             ("model.layers.3.self_attn.q_proj+k_proj+v_proj"); of what is written back the
             parameter ("model.layers.0.mlp.experts.down_proj", whose members are the experts).
-        kind: "block", "attention", "mlp", "linear", "conv" or "choice".
+        kind: "block", "attention", "mlp", "linear", "conv" or "choice"; "experts" of what stands
+            for a sub-block's experts among those that calibration watches.
         members: the weights that share the option; empty for a structure site or choice block.
         parent: name of the innermost structure site around it, or None.
         output: what a structure site's module returns: a tensor, or a tuple that starts with one.
@@ -161,6 +206,9 @@ class Site:
         optional: no site unless a pattern of the study file names it (an untied output head).
         choices: of a choice block the names of its alternatives, the dense model's first.
         width: what a structure site can be made narrower by (`cP%`), or None.
+        constant: shape of the constant that `drop:mean` adds in place of a structure site:
+            `[features]`, or `[channels, 1, 1]` of a convolutional one.
+        unseen: why nobody sees what weights that are written back are multiplied with, or None.
     """
 
     name: str
@@ -173,6 +221,8 @@ class Site:
     optional: bool = False
     choices: tuple[str, ...] = ()
     width: Width | None = None
+    constant: tuple[int, ...] = ()
+    unseen: str | None = None
 
     @property
     def is_structure(self) -> bool:
@@ -181,22 +231,38 @@ class Site:
 
     @property
     def groups(self) -> tuple[tuple[Member, ...], ...]:
-        """Its weights by what they are given: of a weight site one group, of a width its own."""
+        """Its weights by what they are given: of a weight site one group, of a width its own.
+
+        The matrices of a stack are given each its own (an expert its tokens).
+        """
         if self.width is not None:
             return tuple(tuple(cut.member for cut in group) for group in self.width.groups)
+        if self._is_stack:
+            return tuple((member,) for member in self.members)
         return (self.members,) if self.members else ()
 
     @property
+    def _is_stack(self) -> bool:
+        return any(member.index is not None for member in self.members)
+
+    @property
     def input_names(self) -> tuple[str, ...]:
-        """Of each group the name that the statistics of its input have."""
+        """Of each group the name that the statistics of its input have; of experts one name."""
+        if self.has_experts:
+            return (f"{self.name}:experts",)
         if self.width is None:
-            return (self.name,)
+            return tuple(m.path for m in self.members) if self._is_stack else (self.name,)
         return tuple(group_name(group) for group in self.groups)
 
     @property
     def written_back(self) -> bool:
         """Whether realized weights become parameters: true loss and bytes, the dense latency."""
         return any(member.written_back for member in self.members)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its width is in experts: what a treatment leaves of them is written back."""
+        return self.width is not None and self.width.experts is not None
 
     @property
     def weights(self) -> int:

@@ -1,7 +1,7 @@
 """Spaces: the ordered sites, the ordered options of each, and configurations of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from apportion.spaces.sites import Site, group_name
 Config = tuple[int, ...]
 Configuration = dict[str, str]
 
-DENSE, KEEP, DROP = "dense", "keep", "drop"
+DENSE, KEEP, DROP, DROP_MEAN = "dense", "keep", "drop", "drop:mean"
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,8 @@ class Space:
 
     @cached_property
     def voiding(self) -> tuple[tuple[bool, ...], ...]:
-        """[site][option] whether it voids all sites below: `drop`, and `cP%`, which treats them."""
-        return tuple(
-            tuple(str(option) == DROP or option.narrows for option in row) for row in self.options
-        )
+        """[site][option] whether it voids all sites below: drops, and `cP%`, which treats them."""
+        return tuple(tuple(each.drops or each.narrows for each in row) for row in self.options)
 
     def voids(self, config: Sequence[int]) -> list[bool]:
         """Of each site whether it is void."""
@@ -111,7 +109,7 @@ class Space:
 
     @cached_property
     def uniform_texts(self) -> tuple[str, ...]:
-        """What can be chosen everywhere: all options but dense, keep, drop and alternatives."""
+        """What can be chosen everywhere: all options but dense, keep, drops and alternatives."""
         found = dict.fromkeys(
             str(option)
             for row in self.options
@@ -133,12 +131,24 @@ class Space:
         """
         found = {site.members[0].path: site for site in self.sites if site.members}
         for site, options in zip(self.sites, self.options, strict=True):
-            if any(option.narrows for option in options):
+            if not any(option.narrows for option in options):
+                continue
+            if site.has_experts:
+                why = "what is seen of experts is what their router sends them"
+                stands = replace(site, kind="experts", members=site.groups[0], unseen=why)
+                found[site.name] = stands
+            else:
                 for members in site.groups:
                     kind = "linear" if members[0].shape.conv is None else "conv"
                     stands = Site(group_name(members), kind, members, site.name)
                     found.setdefault(members[0].path, stands)
         return tuple(found.values())
+
+    @cached_property
+    def mean_sites(self) -> tuple[Site, ...]:
+        """Its structure sites that can be dropped for the mean of what they add."""
+        pairs = zip(self.sites, self.texts, strict=True)
+        return tuple(site for site, texts in pairs if DROP_MEAN in texts)
 
     def without(self, struck: Mapping[str, Sequence[str]]) -> "Space":
         """The space less the struck options; neutral ones cannot be struck."""

@@ -1,4 +1,4 @@
-"""Input statistics on disk: written a tensor at a time, read a site at a time."""
+"""Calibration's statistics on disk: written a tensor at a time, read a site at a time."""
 
 import json
 from collections.abc import Mapping
@@ -10,23 +10,26 @@ from torch import Tensor
 
 from apportion.files import write_whole
 from apportion.hashing import tensors_hash
+from apportion.spaces.added import Added
 from apportion.spaces.compressors.compose import InputStatistics
 
 COUNT = ":n"
 DTYPES = {torch.float64: "F64", torch.int64: "I64"}
 
 
-def write_statistics(path: Path, sites: Mapping[str, InputStatistics]) -> None:
+def write_statistics(path: Path, sites: Mapping[str, InputStatistics | Added]) -> None:
     """Write a safetensors file, whole or not at all, without a second copy of it in memory.
 
-    A site's second moment has the site's name, its number of tokens that name and ":n".
+    A site's second moment, or the sum of what it adds, has the site's name, its number of tokens
+    that name and ":n".
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, found in sites.items():
-        tensors |= {name: found.second_moment, f"{name}{COUNT}": torch.tensor(found.tokens)}
+        total = found.total if isinstance(found, Added) else found.second_moment
+        tensors |= {name: total, f"{name}{COUNT}": torch.tensor(found.tokens)}
     write_whole(path, _header(tensors), *(t.contiguous().numpy().data for t in tensors.values()))
 
 
@@ -56,6 +59,12 @@ def read_statistics(path: Path, site: str) -> InputStatistics | None:
         return InputStatistics(file.get_tensor(site), tokens)
 
 
+def read_added(path: Path, site: str) -> Added:
+    """What a structure site adds, memory-mapped. Raises like `read_statistics`."""
+    with safe_open(path, framework="pt") as file:
+        return Added(file.get_tensor(site), int(file.get_tensor(f"{site}{COUNT}")))
+
+
 class StatisticsFiles:
     """Input statistics of sites, each in a file of several; one site's are held at a time."""
 
@@ -74,6 +83,10 @@ class StatisticsFiles:
             self._last = None
             self._last = (site, read_statistics(self._files[site], site))
         return self._last[1]
+
+    def added(self, site: str) -> Added:
+        """What a structure site adds. Raises like `of`."""
+        return read_added(self._files[site], site)
 
     def hash(self, site: str) -> str | None:
         """Content hash of a site's statistics; None where it has none. Raises like `of`."""

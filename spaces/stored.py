@@ -1,7 +1,9 @@
-"""What a site's weights are under an option, packed."""
+"""What is stored of a site under an option, packed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from apportion.kernels.formats import StoredWeight
 from apportion.spaces.grammar import Option
@@ -10,16 +12,19 @@ from apportion.spaces.sites import Site
 
 @dataclass(frozen=True)
 class StoredSite:
-    """The packed weights of a site under an option.
+    """The packed weights of a site under an option, or the constant in its place.
 
     Attributes:
         weights: of a weight site one for each member; of a treatment one for each cut of its width.
         kept: of a treatment the numbers of the units that stay, ascending; None of any other.
+        constant: of `drop:mean`, which has no weights, what is added in place of the site, in the
+            shape `Site.constant`; None of any other.
     """
 
     weights: tuple[StoredWeight, ...]
     kept: tuple[int, ...] | None = None
+    constant: Tensor | None = None
 
 
 Stored = Callable[[Site, Option], StoredSite]
-"""Gives a site's packed weights under an option."""
+"""Gives what is stored of a site under an option."""

@@ -6,16 +6,20 @@ what it gives in an ordinary pass, to the last bit.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 
 from apportion.errors import InvalidInput
 from apportion.spaces.activations import Activations
+from apportion.spaces.added import adding
 from apportion.spaces.batches import Batch
-from apportion.spaces.calibration import Sums, collect, watched
+from apportion.spaces.calibration import Sums, collect, seen_in_products, watched
 from apportion.spaces.chain import NoChain, Part, output_hash, trace
+from apportion.spaces.routing import routed
 from apportion.spaces.sites import Site
 
 Keep = Callable[["Portion", Sums], None]
@@ -23,26 +27,35 @@ Keep = Callable[["Portion", Sums], None]
 
 @dataclass(frozen=True)
 class Portion:
-    """Weight sites whose statistics are collected together.
+    """Sites whose statistics are collected together.
 
     Attributes:
         block: path of the block that they lie in; None: outside of all blocks.
-        sites: in the order of the space.
+        sites: weight sites, in the order of the space.
+        added: structure sites of which is summed what they add.
     """
 
     block: str | None
     sites: tuple[Site, ...]
+    added: tuple[Site, ...] = ()
 
 
-def portions(sites: Sequence[Site], blocks: Sequence[Site]) -> list[Portion]:
-    """The weight sites among `sites` by the block that they lie in."""
-    inside: dict[str | None, list[Site]] = {}
+def portions(
+    sites: Sequence[Site], blocks: Sequence[Site], added: Sequence[Site] = ()
+) -> list[Portion]:
+    """The weight sites among `sites`, and the structure sites `added`, by their block."""
+    inside: dict[str | None, tuple[list[Site], list[Site]]] = {}
+
+    def put(site: Site, path: str, kind: int) -> None:
+        around = (block.name for block in blocks if f"{path}.".startswith(block.name + "."))
+        inside.setdefault(next(around, None), ([], []))[kind].append(site)
+
     for site in sites:
         if not site.is_structure:
-            path = site.members[0].path
-            around = (block.name for block in blocks if path.startswith(block.name + "."))
-            inside.setdefault(next(around, None), []).append(site)
-    return [Portion(block, tuple(found)) for block, found in inside.items()]
+            put(site, site.members[0].path, 0)
+    for site in added:
+        put(site, site.name, 1)
+    return [Portion(block, tuple(own), tuple(more)) for block, (own, more) in inside.items()]
 
 
 def stream(
@@ -54,7 +67,7 @@ def stream(
     keep: Keep,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str | None:
-    """Second moments of each weight site's input, those of one block at a time.
+    """Second moments of each weight site's input and what is added, one block at a time.
 
     They are those of `collect` to the last bit. What lies outside of blocks, and all that is left
     where the blocks turn out to be no chain, is collected in one ordinary pass.
@@ -84,19 +97,32 @@ def stream(
         del left[portion.block]
 
     reason = None
-    try:
-        _by_block(model, blocks, wanted, batches, activations, keep_and_forget, passes.one_more)
-    except NoChain as error:
-        reason = str(error)
-        activations.clear()
-        passes.begin_again(len(batches))
-    if left:
+    with _alike(model, wanted):
+        try:
+            _by_block(model, blocks, wanted, batches, activations, keep_and_forget, passes.one_more)
+        except NoChain as error:
+            reason = str(error)
+            activations.clear()
+            passes.begin_again(len(batches))
+        if not left:
+            return reason
         sites = [site for portion in left.values() for site in portion.sites]
-        sums = collect(model, sites, batches, lambda _: passes.one_more())
+        added = [site for portion in left.values() for site in portion.added]
+        sums = collect(model, sites, batches, lambda _: passes.one_more(), added)
         for portion in left.values():
-            names = [site.name for site in portion.sites if site.name in sums]
-            keep(portion, {name: sums.pop(name) for name in names})
+            names = [name for site in portion.sites for name in site.input_names]
+            names += [site.name for site in portion.added]
+            keep(portion, {name: sums.pop(name) for name in names if name in sums})
     return reason
+
+
+def _alike(model: nn.Module, wanted: Sequence[Portion]) -> AbstractContextManager[object]:
+    """What all passes are made in, so that they give the same bits.
+
+    While products are watched `nn.MultiheadAttention` takes another way: in some, so in all.
+    """
+    sites = [site for portion in wanted for site in portion.sites]
+    return BaseTorchFunctionMode() if seen_in_products(model, sites) else nullcontext()
 
 
 class _Passes:
@@ -133,8 +159,9 @@ def _by_block(
         site.members[0].module: block
         for block, portion in inside.items()
         for site in portion.sites
-        if not site.written_back
+        if site.unseen is None
     }
+    layers |= {site.name: block for block, portion in inside.items() for site in portion.added}
     given = trace(model, [block.name for block in blocks], layers, batches[0])
     if unseen := inside.keys() - given.keys():
         raise NoChain(f"block {min(unseen)} is not run on every batch")
@@ -158,16 +185,18 @@ def _collected(
     activations: Activations,
     one_more: Callable[[], None],
 ) -> Sums:
-    """Sum the inputs of a portion's sites, and put the outputs of its block in their place.
+    """Sum what a portion's sites take or add, and put its block's outputs in their place.
 
     Raises:
         NoChain: on the first batch the block gives something else than `expected`.
     """
-    with watched(part.model, portion.sites) as sums, part.entered() as run:
+    sites, model = portion.sites, part.model
+    seen = routed(model, sites), watched(model, sites), adding(model, portion.added)
+    with seen[0] as sent, seen[1] as sums, seen[2] as added, part.entered() as run:
         for number, batch in enumerate(batches):
             output = run(batch, activations.take(number) if part.before else None)
             if number == 0 and output_hash(output) != expected:
                 raise NoChain(f"block {part.last} depends on more than the block before")
             activations.put(number, output)
             one_more()
-    return sums
+    return {**sent, **sums, **added}

@@ -5,17 +5,14 @@ forward pass is watched: a parameter, or a view of one, that a product takes as 
 and the side on which it stands says which of its dimensions are the inputs.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from apportion.kernels.formats import LayerShape
 from apportion.spaces.batches import Batch, call
+from apportion.spaces.products import Factor, Watch, Whereabouts
 from apportion.spaces.sites import Member
 
 # Their weights are [out, in, ...], and what they read of modules inside is read from them.
@@ -28,20 +25,21 @@ KNOWN = (
     nn.Conv2d,
     nn.Conv3d,
 )
-PRODUCTS = frozenset(
-    "matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm grouped_mm _grouped_mm".split()
-)
-COPIES = frozenset("__getitem__ index_select to type type_as float contiguous".split())
+# Recurrent weights that the module's own input is multiplied with.
+OF_THE_INPUT = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
 Views = dict[str, tuple[Member, ...]]
 
 
-def known_views(model: nn.Module, called: set[str], left: Mapping[str, Tensor]) -> Views:
+def known_views(
+    model: nn.Module, called: set[str], left: Mapping[str, Tensor], unseen: dict[str, str]
+) -> Views:
     """The matrices of modules whose type says how their weights are stored.
 
     Args:
         model: the model.
         called: paths of the modules that a forward pass called.
         left: parameter name -> parameter, for all that are in question.
+        unseen: takes parameter name -> why nobody sees what it is multiplied with.
 
     Returns:
         Parameter name -> its members.
@@ -56,11 +54,23 @@ def known_views(model: nn.Module, called: set[str], left: Mapping[str, Tensor]) 
             if is_matrix and whole in left and whole not in found:
                 shape = LayerShape(len(parameter), parameter[0].numel())
                 found[whole] = (Member(path, shape, parameter=name, written_back=True),)
+                if not takes_input(module, name):
+                    kind = type(module).__name__
+                    unseen[whole] = f"{kind} multiplies by it where nobody sees what with"
     return found
 
 
+def takes_input(module: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is multiplied with what its module is given, all of it and no more."""
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase) and parameter in OF_THE_INPUT
+
+
 def watched_views(
-    model: nn.Module, batch: Batch, called: set[str], left: Mapping[str, Tensor]
+    model: nn.Module,
+    batch: Batch,
+    called: set[str],
+    left: Mapping[str, Tensor],
+    unseen: dict[str, str],
 ) -> Views:
     """The matrices that one forward pass multiplies by; arguments and result as `known_views`.
 
@@ -69,13 +79,22 @@ def watched_views(
     flat = {n: p for n, p in left.items() if p.ndim in (2, 3) and p.is_contiguous() and p.numel()}
     if not flat:
         return {}
-    watch = _Watch(flat)
-    with torch.no_grad(), watch:
+    transposed: dict[str, bool] = {}
+
+    def note(name: str, factor: Factor, whereabouts: Whereabouts) -> None:
+        flipped = whereabouts.is_flipped(name, factor.tensor)
+        is_transposed = flipped == factor.inputs_last
+        if transposed.setdefault(name, is_transposed) != is_transposed:
+            unseen[name] = "the forward multiplies by it from both sides"
+        elif factor.inputs is None or whereabouts.places(factor.tensor) is None:
+            unseen[name] = "the forward multiplies by parts of it, or by it rearranged"
+
+    with torch.no_grad(), Watch(flat, note):
         call(model, batch)
     return {
-        name: tuple(_members(name, flat[name], watch.transposed[name], called))
+        name: tuple(_members(name, flat[name], transposed[name], called))
         for name in flat
-        if name in watch.transposed
+        if name in transposed
     }
 
 
@@ -88,93 +107,6 @@ def _members(name: str, parameter: Tensor, transposed: bool, called: set[str]) -
     below = name.removeprefix(module + ".") if module else name
     for index in range(len(parameter)) if parameter.ndim == 3 else (None,):
         yield Member(module, shape, transposed, below, index, written_back=True)
-
-
-class _Watch(TorchFunctionMode):
-    """Notes which parameters products take as matrices, and whether they store `[in, out]`."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.transposed: dict[str, bool] = {}
-        self._parameters = parameters
-        self._order = sorted(parameters, key=lambda name: parameters[name].data_ptr())
-        self._starts = [parameters[name].data_ptr() for name in self._order]
-        self._copies = WeakIdKeyDictionary()
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        for factor, inputs_last in _factors(name, args, kwargs):
-            self._note(factor, inputs_last)
-        if name in COPIES and isinstance(output, Tensor):
-            self._follow(args[0], output)
-        return output
-
-    def _note(self, factor: Tensor, inputs_last: bool) -> None:
-        name = self._name(factor)
-        if name is None or factor.ndim < 2 or name in self.transposed:
-            return
-        flipped = _is_flipped(factor, self._parameters[name])
-        self.transposed[name] = flipped == inputs_last
-
-    def _follow(self, source: Any, output: Tensor) -> None:
-        """A copy of a stack's matrices, or of all in another dtype, stands for the parameter."""
-        name = self._name(source) if isinstance(source, Tensor) else None
-        if name is None or self._name(output) is not None:
-            return
-        if output.shape[-2:] == self._parameters[name].shape[-2:]:
-            self._copies[output] = name
-
-    def _name(self, tensor: Tensor) -> str | None:
-        """The parameter that a tensor is a view or a copy of."""
-        if tensor in self._copies:
-            return str(self._copies[tensor])
-        try:
-            address = tensor.data_ptr()
-        except RuntimeError:  # it has no memory of its own: sparse, or of torch.func
-            return None
-        place = bisect_right(self._starts, address) - 1
-        if place < 0:
-            return None
-        name = self._order[place]
-        parameter = self._parameters[name]
-        return name if address < parameter.data_ptr() + parameter.nbytes else None
-
-
-def _factors(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[Tensor, bool]]:
-    """The factors of a product, and whether it sums over their last dimension or the one before."""
-    given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    if name == "linear":
-        yield (kwargs["weight"] if "weight" in kwargs else args[1]), True
-    elif name == "einsum" and args and isinstance(args[0], str):
-        listed = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else given
-        terms, _, result = args[0].replace(" ", "").partition("->")
-        for term, factor in zip(terms.split(","), listed, strict=False):
-            before, last = (label not in result for label in ("__" + term)[-2:])
-            if before != last:
-                yield factor, last
-    elif name in PRODUCTS or "grouped_mm" in name:
-        pair = given[1:3] if name in ("addmm", "baddbmm") else given[:2]
-        if name == "__rmatmul__":
-            pair.reverse()
-        yield from zip(pair, (True, False), strict=False)
-
-
-def _is_flipped(view: Tensor, parameter: Tensor) -> bool:
-    """Whether the last two dimensions of a view are those of the parameter, exchanged."""
-    rows, columns = parameter.shape[-2:]
-    if rows != columns and sorted(view.shape[-2:]) == sorted((rows, columns)):
-        return int(view.shape[-1]) == rows
-    return view.stride(-1) != 1
 
 
 def routers(views: Views) -> dict[str, int]:

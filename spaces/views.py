@@ -36,14 +36,19 @@ def matrix_of(parameter: Tensor, member: Member) -> Tensor:
     return matrix.reshape(member.shape.out_features, member.shape.in_features)
 
 
-def not_written_back(option: Option) -> str | None:
-    """Why an option cannot be written back, None if it can: what enters the layer is not seen."""
+def not_written_back(option: Option, unseen: str | None) -> str | None:
+    """Why an option cannot be written back, None if it can.
+
+    Args:
+        option: what would be done to the weights.
+        unseen: why nobody sees what they are multiplied with, or None.
+    """
     if option.activation_bits is not None:
         return "where weights are written back, what enters the layer cannot be quantized"
     try:
-        effective_methods(option, has_statistics=False)
+        effective_methods(option, has_statistics=unseen is None)
     except InvalidInput as reason:
-        return f"where weights are written back, {reason}"
+        return f"{unseen}: {reason}"
     return None
 
 

@@ -6,10 +6,7 @@ zero. Where both give the same, the sub-block reads its width from its weights a
 be left out. Where not, the sub-block has no width, and is told why.
 """
 
-import copy
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,26 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from apportion.spaces.activations import changed, leaves
-from apportion.spaces.batches import main_tensor
+from apportion.spaces.activations import leaves
 from apportion.spaces.couplings import Groups, couplings, flow_of
+from apportion.spaces.experts import find_experts
 from apportion.spaces.narrowing import moved, narrow, shared_copy
 from apportion.spaces.probing import Call
 from apportion.spaces.sites import Site, Width
+from apportion.spaces.trials import NotRun, Run, difference, in_float32, runner
 from apportion.spaces.views import matrix_of, parameter_at
 
-TOLERANCE = 1e-4
-"""Of an output's norm in float32: what the same sums in another order may differ by."""
-NO_CHANGE = 1e-6
-"""Of an output's norm: a smaller change may be rounding, and shows nothing."""
 # Attributes that say where a module stands, not what it does.
 PLACE_WORDS = ("idx", "index", "layer_id", "layer_number")
-
-Run = Callable[[Callable[..., Any]], Tensor]
-
-
-class NotRun(Exception):
-    """A sub-block's own code failed; says how."""
 
 
 @torch.no_grad()
@@ -64,20 +52,27 @@ def find_widths(
     widths: dict[str, Width] = {}
     fixed: dict[str, str] = {}
     known: dict[Any, Width | str] = {}
+    experts: dict[Any, Width | str | None] = {}
     for site in structure:
         if site.kind == "choice":
             continue
-        inside = [weight for weight in weights if _is_below(weight.members[0].module, site.name)]
-        refusal = _refusal(site, structure, inside, untreated, calls)
-        if refusal is not None:
+        if refusal := _holds_structure(site, structure):
             fixed[site.name] = refusal
             continue
+        inside = [weight for weight in weights if _is_below(weight.members[0].module, site.name)]
         module, call = model.get_submodule(site.name), calls[site.name]
         groups = _groups_below(site.name, inside)
         likeness = _likeness(module, site.kind, groups, call)
-        if likeness not in known:
-            known[likeness] = find_width(module, site.kind, groups, call)
-        match known[likeness]:
+        if likeness not in experts:
+            experts[likeness] = find_experts(module, groups, call)
+        found = experts[likeness]
+        if not isinstance(found, Width):
+            other: Width | str | None = _refusal(site, inside, untreated, calls)
+            if other is None and likeness not in known:
+                known[likeness] = find_width(module, site.kind, groups, call)
+            other = other or known[likeness]
+            found = other if isinstance(other, Width) or found is None else found
+        match found:
             case Width() as width:
                 widths[site.name] = moved(width, "", site.name)
             case reason:
@@ -89,19 +84,23 @@ def _is_below(path: str, site: str) -> bool:
     return f"{path}.".startswith(f"{site}.")
 
 
-def _refusal(
-    site: Site,
-    structure: Sequence[Site],
-    inside: Sequence[Site],
-    untreated: Mapping[str, str],
-    calls: Mapping[str, Call],
-) -> str | None:
-    """Why a site has no width, from what is in it; None: it may have one."""
+def _holds_structure(site: Site, structure: Sequence[Site]) -> str | None:
+    """Why a site with others in it has no width; None: there are none."""
     for other in structure:
         if other.name != site.name and _is_below(other.name, site.name):
             if other.kind == "choice":
                 return f"it holds the choice block {other.name}"
             return "it is as wide as its sub-blocks, which are narrowed each by itself"
+    return None
+
+
+def _refusal(
+    site: Site,
+    inside: Sequence[Site],
+    untreated: Mapping[str, str],
+    calls: Mapping[str, Call],
+) -> str | None:
+    """Why a site has no width in heads or channels, from what is in it; None: it may have one."""
     for weight in inside:
         if weight.written_back:
             return f"{weight.name} is written back: its module's forward is not known"
@@ -144,9 +143,9 @@ def find_width(module: nn.Module, kind: str, groups: Groups, call: Call) -> Widt
     Returns:
         A width with paths below the sub-block, proven by execution; or the reason.
     """
-    run = _runner(call)
+    run = runner(call)
     try:
-        precise = _in_float32(module)
+        precise = in_float32(module)
         # What cannot be copied cannot be narrowed.
         shared_copy(precise)
     except (RuntimeError, TypeError) as failure:
@@ -202,14 +201,7 @@ def _difference(
         return (
             f"its forward fails: it takes their number from elsewhere than its weights ({failure})"
         )
-    change, size = float((expected - dense).norm()), float(dense.norm())
-    if change <= NO_CHANGE * size:
-        return "its output is the same, so nothing is proven"
-    same_shape = given.shape == expected.shape
-    error = float((given - expected).norm()) if same_shape else math.inf
-    if not error <= min(TOLERANCE * size, change / 10):
-        return "it does not give what it gives without the others, but depends on them"
-    return None
+    return difference(dense, expected, given)
 
 
 def _subsets(units: int) -> Iterator[list[int]]:
@@ -231,47 +223,3 @@ def _silenced_weights(module: nn.Module, width: Width, kept: Sequence[int]) -> d
             matrix_of(weight, cut.member)[:, cut.places(gone, width.units)] = 0
             silenced[path] = weight
     return silenced
-
-
-def _in_float32(module: nn.Module) -> nn.Module:
-    """The module, or a copy where it computes in fewer bits."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module).float() if any(map(_is_short, tensors)) else module
-
-
-def _is_short(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() < 4
-
-
-def _runner(call: Call) -> Run:
-    """Runs a module on what it was given, in float32 and with noise, and without a cache.
-
-    The noise, because tokens may be the same at all places: attention then does not show which
-    queries and keys it takes. A cache holds what the probing run left in it.
-    """
-    noise = torch.randn(call.input.shape, generator=torch.Generator().manual_seed(0))
-
-    def prepared(tensor: Tensor) -> Tensor:
-        given = tensor.detach().float() if _is_short(tensor) else tensor.detach()
-        if tensor is call.input and tensor.is_floating_point():
-            return given + noise.to(given) * (float(given.std()) or 1)
-        return given
-
-    args = [None if _is_cache(value) else value for value in call.args]
-    keywords = {n: None if _is_cache(value) else value for n, value in call.keywords.items()}
-    given = changed([args, keywords], prepared)
-
-    def run(forward: Callable[..., Any]) -> Tensor:
-        # Clones, because the forward may change what it is given in place.
-        args, keywords = changed(given, Tensor.clone)
-        try:
-            return main_tensor(forward(*args, **keywords))
-        except Exception as error:
-            told = str(error).strip().partition("\n")[0]
-            raise NotRun(f"{type(error).__name__}: {told}") from error
-
-    return run
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")

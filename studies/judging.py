@@ -14,7 +14,6 @@ from apportion.cost_models.harness import Measurement
 from apportion.errors import InvalidInput
 from apportion.spaces.grammar import Option
 from apportion.spaces.parts import kept_share
-from apportion.spaces.space import DROP
 from apportion.studies.context import Context, Output, worker_spec
 from apportion.studies.database.rows import Evaluation
 from apportion.studies.evaluations import Runner
@@ -273,9 +272,21 @@ class Judging:
                 kind: {"value": value, "ratio": ratios} for kind, (value, ratios) in limits.items()
             },
             "broken": {} if self.final else broken,
-            "notes": [*notes, *self._without_credit()],
+            "notes": [*notes, *self._unreached(), *self._without_credit()],
             "clustered_by": "document" if won.loss.by_document else "window",
         }
+
+    def _unreached(self) -> list[str]:
+        """That weights were compressed without statistics of their inputs, in a line."""
+        compressed = self.context.store.stage_output(self.context.study_id, "compress") or {}
+        names = compressed.get("unreached", ())
+        if not names:
+            return []
+        weights = "1 weight" if len(names) == 1 else f"{len(names)} weights"
+        return [
+            f"no calibration data entered {weights}, {names[0]} for one: compressed by themselves, "
+            "rounded to nearest"
+        ]
 
     def _without_credit(self) -> list[str]:
         """Options that run dense on a device, and options that were struck, in a line each."""
@@ -299,7 +310,7 @@ class Judging:
         dropped: dict[str, int] = {}
         widths: list[float] = []
         for site, option in options:
-            if str(option) == DROP:
+            if option.drops:
                 dropped[site.kind] = dropped.get(site.kind, 0) + 1
             if site.width is not None and option.narrows:
                 widths.append(kept_share(site.width, option))

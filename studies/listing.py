@@ -74,13 +74,16 @@ def _note(site: Site, space: Space | None, found: Discovery) -> str:
     if site.choices:
         return f"a choice block: runs one of {', '.join(site.choices)}"
     if site.width is not None:
-        return f"cP% keeps some of its {site.width.units} {site.width.unit}s"
+        told = f"cP% keeps some of its {site.width.units} {site.width.unit}s"
+        experts = site.width.experts
+        return told if experts is None else f"{told}, at least {experts.least}; no latency credit"
     if site.name in found.fixed_widths:
         return f"no cP%: {found.fixed_widths[site.name]}"
     if site.optional:
         return "only a site where a pattern names it"
     if site.written_back:
-        return "written back: runs as dense does, no latency credit, no input statistics"
+        told = "written back: runs as dense does, no latency credit"
+        return f"{told}, no input statistics: {site.unseen}" if site.unseen else told
     if site.name in found.unreached:
         return "not reached when it was tried: no input statistics unless calibration reaches it"
     is_grouped = any(m.shape.conv is not None and m.shape.conv.groups > 1 for m in site.members)

@@ -106,7 +106,8 @@ def disk(setting: Setting, home: Home) -> Need:
     """Bytes that bank, cache and database take at most, and what is free."""
     stored = site_bytes(setting.opened.model, setting.space, RANK_MULTIPLE)
     bank = sum(size for row in stored for text, size in row.items() if text not in (DENSE, KEEP))
-    inputs = [site.members[0].shape.in_features for site in setting.space.input_sites]
+    seen = [site for site in setting.space.input_sites if site.unseen is None]
+    inputs = [group[0].shape.in_features for site in seen for group in site.groups]
     cache = CALIBRATION_BYTES_PER_INPUT * sum(width * width for width in inputs)
     folder = next(p for p in (home.path, *home.path.parents) if p.exists())
     parts = {"bank": bank, "cache": cache}

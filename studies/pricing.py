@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from apportion.cost_models.table import CostTable, guarded_limit, guarded_rows
 from apportion.errors import InvalidInput
 from apportion.search.problem import Config, Problem
-from apportion.spaces.space import DENSE, DROP, Space
+from apportion.spaces.space import DENSE, Space
 from apportion.studies.database.rows import Layout
 from apportion.studies.limits import Limit
 
@@ -53,8 +53,8 @@ class Prices:
 
     @property
     def removes(self) -> NDArray[np.bool_]:
-        """[sites, options] the options that leave nothing of a site."""
-        return self._marked([[text == DROP for text in row] for row in self.space.texts])
+        """[sites, options] the options that leave nothing of a site, or a constant."""
+        return self._marked([[option.drops for option in row] for row in self.space.options])
 
     def _marked(self, marks: Sequence[Sequence[bool]]) -> NDArray[np.bool_]:
         width = max(map(len, marks))

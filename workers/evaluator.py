@@ -281,7 +281,7 @@ class Evaluator:
             return None
         if option == DROP:
             return Dropped(site, self.model.get_submodule(site.name)).eval()
-        return self._store.treated(site, option, self._untouched)
+        return self._store.replacement(site, option, self._untouched)
 
     def _set_layers(self, site: Site, option: str) -> None:
         paths = [member.module for member in site.members]

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from apportion.errors import ApportionError
 from apportion.kernels.reference import ReferenceLayer, reference_weight
-from apportion.spaces.apply import bias_of
+from apportion.spaces.apply import Dropped, bias_of, write_back
 from apportion.spaces.bank import Bank
-from apportion.spaces.narrowing import narrowed_copy
+from apportion.spaces.narrowing import moved, narrowed_copy
 from apportion.spaces.sites import Site
 from apportion.spaces.stored import StoredSite
-from apportion.spaces.views import written
+from apportion.spaces.views import parameter_at, written
 
 Index = Mapping[str, Mapping[str, str]]
 
@@ -77,12 +77,12 @@ class RealizedStore:
 
         return self._hold(site, option, realize).parameters
 
-    def treated(self, site: Site, option: str, dense: nn.Module) -> nn.Module:
-        """The narrower sub-block of a treatment.
+    def replacement(self, site: Site, option: str, dense: nn.Module) -> nn.Module:
+        """The narrower sub-block of a treatment, or the constant in the place of a dropped one.
 
         Args:
-            site: a structure site with a width.
-            option: the treatment.
+            site: a structure site.
+            option: the treatment, or `drop:mean`.
             dense: a module in which the dense sub-block has the site's path.
 
         Raises:
@@ -91,7 +91,15 @@ class RealizedStore:
 
         def realize() -> Realized:
             stored = self._stored(site, option)
+            if stored.constant is not None:
+                replaced = dense.get_submodule(site.name)
+                return Realized([Dropped(site, replaced, stored.constant).eval()], {})
             narrow = narrowed_copy(dense, site, stored.kept or ())
+            if site.width is not None and site.has_experts:
+                own = moved(site.width, site.name, "").members(len(stored.kept or ()))
+                write_back(narrow, own, stored.weights)
+                paths = {member.parameter_path for member in own}
+                return Realized([narrow], {path: parameter_at(narrow, path) for path in paths})
             members = [member for group in site.groups for member in group]
             for member, weight in zip(members, stored.weights, strict=True):
                 path = member.module.removeprefix(site.name + ".")

@@ -8,12 +8,13 @@ is made: a worker that is lost takes no finished one with it.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from apportion.errors import InvalidInput
 from apportion.spaces.compressors.compose import forget_factorizations
 from apportion.spaces.grammar import Option, parse_option
-from apportion.spaces.realization import realize_site
+from apportion.spaces.realization import realize_options
 from apportion.spaces.statistics import StatisticsFiles
 from apportion.workers.spec import (
     Origin,
@@ -104,18 +105,19 @@ class Realizer:
 
     def _fill(self, work: Realize) -> bool:
         """Whether all entries are there."""
-        names = self._sites[work.site].input_names
+        names = (work.site, *self._sites[work.site].input_names)
         statistics = StatisticsFiles(dict.fromkeys(names, self._file(work.statistics)))
-        wanted = [(parse_option(text), key) for text, key in work.keys.items()]
-        for option, key in sorted(wanted, key=lambda each: _factorization(each[0])):
-            if self._bank.has(key):
-                continue
-            if self._stopped():
-                return False
-            site = self._sites[work.site]
-            dtype, multiple = self._spec["dtype"], self._spec["rank_multiple"]
-            made = realize_site(self._model, site, option, statistics, dtype, multiple)
-            self._bank.put(key, made)
+        keys = {parse_option(text): key for text, key in work.keys.items()}
+        wanted = sorted((o for o in keys if not self._bank.has(keys[o])), key=_factorization)
+        site = self._sites[work.site]
+        dtype, multiple = self._spec["dtype"], self._spec["rank_multiple"]
+        for _, alike in groupby(wanted, _factorization):
+            options = list(alike)
+            made = realize_options(self._model, site, options, statistics, dtype, multiple)
+            for option in options:
+                if self._stopped():
+                    return False
+                self._bank.put(keys[option], next(made))
         return True
 
     def _file(self, path: str) -> Path:

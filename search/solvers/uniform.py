@@ -15,23 +15,28 @@ SHORT = 8  # those are scored on an 8th of the full slice first
 
 
 def sub_blocks(problem: Problem) -> list[tuple[int, int]]:
-    """(site, drop option) of the sites that may be dropped and void no other such site."""
+    """(site, drop option), all of each site that may be dropped and voids no other such site."""
     removes = problem.drops if problem.removes is None else problem.removes
     drops: NDArray[np.bool_] = removes & problem.present
     droppable: NDArray[np.bool_] = np.any(drops, axis=1)
     holds_another = np.zeros(problem.sites, dtype=np.bool_)
     for level in reversed(problem.levels[1:]):
         holds_another[problem.parent[level]] |= droppable[level] | holds_another[level]
-    options = drops.argmax(axis=1)
-    return [(int(s), int(options[s])) for s in np.flatnonzero(droppable & ~holds_another)]
+    return [(int(s), int(o)) for s, o in np.argwhere(drops & ~holds_another[:, None])]
 
 
 def drop_variants(problem: Problem, config: Config) -> list[Config]:
-    """`config` with the 1..4 sub-blocks of least one-option loss dropped, as far as it is known."""
+    """`config` with the 1..4 sub-blocks of least one-option loss dropped, as far as it is known.
+
+    Each is dropped the way of its least loss.
+    """
     known = [(problem.loss[s, o], s, o) for s, o in sub_blocks(problem)]
+    best: dict[int, int] = {}
+    for _, site, option in sorted(one for one in known if np.isfinite(one[0])):
+        best.setdefault(site, option)
     variants = []
     dropped = list(config)
-    for _, site, option in sorted(one for one in known if np.isfinite(one[0]))[:DROPS]:
+    for site, option in list(best.items())[:DROPS]:
         dropped[site] = option
         variants.append(problem.canonical(tuple(dropped)))
     return variants

@@ -31,7 +31,8 @@ from apportion.spaces.compressors.sparsify import (
     removed_count,
 )
 from apportion.spaces.compressors.tucker import tucker2
-from apportion.spaces.grammar import WITHOUT_STATISTICS, Option, unrealized
+from apportion.spaces.grammar import WITHOUT_STATISTICS, Option
+from apportion.spaces.unrealized import unrealized
 
 NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULTS = {"c": "obs", "s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}

@@ -11,7 +11,11 @@ from torch import Tensor
 from apportion.errors import InvalidInput
 from apportion.spaces.compressors.compensate import damped_root, live_moment
 from apportion.spaces.compressors.importance import removed_units
+from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Cut, Width
+
+EXPERT_METHODS = ("drop", "merge", "magnitude")
+UNIT_METHODS = ("obs", "wanda", "chip", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ def width_refusal(percent: Decimal, width: Width) -> str | None:
     """Why cP% cannot be had of a sub-block, with what fits; None if it can."""
     units, name = width.units, f"{width.unit}{'' if width.units == 1 else 's'}"
     kept = kept_units(percent, units)
+    if width.experts is not None and kept < width.experts.least:
+        return _too_few(percent, width, width.experts.least)
     if 0 < kept < units:
         return None
     told = ""
@@ -44,6 +50,30 @@ def width_refusal(percent: Decimal, width: Width) -> str | None:
         nearest = (Decimal(100 * fitting) / units).quantize(Decimal("0.1"), ROUND_CEILING)
         told = f"; at {word} c{nearest.normalize():f}%"
     return f"c{percent}% keeps {'all' if kept else 'none'} of {units} {name}{told}"
+
+
+def _too_few(percent: Decimal, width: Width, least: int) -> str:
+    kept = kept_units(percent, width.units)
+    nearest = (Decimal(100 * least) / width.units).quantize(Decimal("0.1"), ROUND_CEILING)
+    return (
+        f"c{percent}% keeps {kept} of {width.units} experts and a token is given to {least}; "
+        f"at least c{nearest.normalize():f}%"
+    )
+
+
+def unit_refusal(option: Option, width: Width) -> str | None:
+    """Why the method of cP% is not for these units, with those that are; None if it is."""
+    asked = dict(option.methods).get("c")
+    methods = EXPERT_METHODS if width.experts is not None else UNIT_METHODS
+    if asked is not None and asked not in methods:
+        fitting = ", ".join(methods)
+        return f"{asked} does not say which {width.unit}s go; {fitting} do"
+    if asked == "merge" and width.experts is not None and not width.experts.channels:
+        return (
+            "merge puts the channels of an expert into another one's order, which is not known "
+            f"here, or experts have biases; there is {EXPERT_METHODS[0]}"
+        )
+    return None
 
 
 def restructure(

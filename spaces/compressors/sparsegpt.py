@@ -36,7 +36,8 @@ def sparsegpt(
     if isinstance(sparsity, tuple) and inputs % span:
         raise InvalidInput(f"{sparsity[0]}:{span} needs a multiple of {span} inputs, not {inputs}")
     prediction = regression(second_moment, by_activity=False)
-    columns = weight.T.contiguous()
+    # Of a weight that is stored as [in, out], .contiguous() would be no copy but the model's own.
+    columns = weight.T.clone(memory_format=torch.contiguous_format)
     kept = torch.empty(columns.shape, dtype=torch.bool)
 
     def choose(start: int, stop: int) -> Tensor:

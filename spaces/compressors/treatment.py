@@ -11,6 +11,7 @@ from apportion.spaces.compressors.compose import (
     effective_methods,
     realize,
 )
+from apportion.spaces.compressors.experts import realize_experts
 from apportion.spaces.compressors.restructure import narrowed_moment, restructure
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Cut, Width
@@ -33,7 +34,8 @@ def realize_treatment(
         weights: float32 [out, in] of each cut of `width.cuts`.
         width: what the sub-block is wide by.
         option: with `cP%`; not refused.
-        statistics: of what enters each group of `width.groups`; None: not known.
+        statistics: of what enters each group of `width.groups`; None: not known. Of experts one,
+            what `Routing.of` takes.
         model_dtype: dtype of what the option leaves as it is.
         rank_multiple: ranks of rP% are multiples of it.
 
@@ -43,6 +45,8 @@ def realize_treatment(
     """
     if option.keep_percent is None:
         raise ApportionError(f"{option} is no treatment of a sub-block")
+    if width.experts is not None:
+        return realize_experts(weights, width, option, statistics[0], model_dtype, rank_multiple)
     moments = [None if found is None else found.second_moment for found in statistics]
     read = [s for s, group in zip(statistics, width.groups, strict=True) if _consumes(group)]
     method = effective_methods(option, has_statistics=all(read))["c"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from apportion.errors import InvalidInput
 from apportion.kernels.reference import reference_weight
 from apportion.spaces.grammar import parse_option
-from apportion.spaces.space import DENSE, DROP, Space
+from apportion.spaces.space import DENSE, DROP, DROP_MEAN, Space
 from apportion.studies.evopress.conversion import configuration_to_levels
 from apportion.studies.evopress.database import write_database
 from apportion.studies.evopress.drops import configuration_to_drops
@@ -28,11 +28,12 @@ def export(chosen: Chosen, folder: Path) -> None:
 
     Raises:
         InvalidInput: an option of the point is no number of bits, two have the same number, a
-            drop is none that EvoPress knows, or another alternative than the first was chosen.
+            drop is none that EvoPress knows or leaves a constant, or another alternative than the
+            first was chosen.
     """
     configuration = chosen.context.setting.space.canonical(chosen.point["configuration"])
     sites = chosen.context.setting.sites
-    _refuse_alternatives(configuration, chosen.context.setting.space)
+    check_words(configuration, chosen.context.setting.space)
     options = [parse_option(text) for text in configuration.values()]
     used = {str(o) for o in options if o.narrows or not (o.is_structure or str(o) == DENSE)}
     scale = bit_levels(used)
@@ -46,11 +47,14 @@ def export(chosen: Chosen, folder: Path) -> None:
         (folder / DROPS).write_text(str(drops))
 
 
-def _refuse_alternatives(configuration: Mapping[str, str], space: Space) -> None:
-    """The formats have no word for a choice block: its first alternative alone is the model's."""
+def check_words(configuration: Mapping[str, str], space: Space) -> None:
+    """Refuse what the formats have no word for: another alternative of a choice block than the
+    first, which is the model's, and a constant in place of what is dropped. Raises InvalidInput.
+    """
     neutral = space.canonical({})
     for site in space.sites:
-        if site.choices and configuration[site.name] != neutral[site.name]:
+        chosen = configuration[site.name]
+        if chosen == DROP_MEAN or (site.choices and chosen != neutral[site.name]):
             raise InvalidInput(
                 f'{site.name}: EvoPress has no level for "{configuration[site.name]}"; '
                 "name another point with --trial, or export a folder of ours with --to"

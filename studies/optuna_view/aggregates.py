@@ -87,7 +87,7 @@ class Aggregates:
         above = {
             f"{site}.": text
             for site, text in configuration.items()
-            if text == "drop" or parse_option(text).narrows
+            if parse_option(text).drops or parse_option(text).narrows
         }
         alone = {s for s in above if not any(site.startswith(s) for site in configuration)}
         return [
@@ -126,7 +126,7 @@ def _parted(
 @lru_cache(maxsize=4096)
 def _treatment(text: str, dense_bits: int) -> tuple[float, frozenset[str]]:
     option = parse_option(text)
-    bits = 0.0 if option.name == "drop" else _stored_bits(option, dense_bits)
+    bits = 0.0 if option.drops else _stored_bits(option, dense_bits)
     return bits, _families(option)
 
 
@@ -135,7 +135,7 @@ def _families(option: Option) -> frozenset[str]:
         QUANTIZED: option.bits,
         SPARSE: option.sparsity or option.keep_percent,
         LOW_RANK: option.rank_percent or option.residual_rank,
-        DROPPED: option.name == "drop",
+        DROPPED: option.drops,
         DENSE: option.name not in (None, *STRUCTURE_NAMES),
     }
     return frozenset(family for family, part in has.items() if part)

@@ -15,7 +15,8 @@ from pydantic import (
 )
 
 from apportion.errors import InvalidInput
-from apportion.spaces.grammar import parse_option, unrealized
+from apportion.spaces.grammar import parse_option
+from apportion.spaces.unrealized import unrealized
 from apportion.studies.specification.references import (
     PYTHON,
     TEXT,

@@ -9,10 +9,10 @@ from apportion.spaces.activations import Activations
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import entry_key
 from apportion.spaces.calibration import Sums
-from apportion.spaces.degenerate import degeneracy
+from apportion.spaces.degenerate import degeneracy, is_unreached
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Site
-from apportion.spaces.space import Space
+from apportion.spaces.space import DROP_MEAN, Space
 from apportion.spaces.statistics import StatisticsFiles, write_statistics
 from apportion.spaces.streaming import Portion, portions, stream
 from apportion.studies.context import RANK_MULTIPLE, Context, Output
@@ -22,26 +22,32 @@ from apportion.workers.realizer import Realize
 
 CALIBRATION_BATCH = 16
 # Raise it when calibration gives other numbers for the same data.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 Index = dict[str, dict[str, str]]
 
 
 class Statistics:
-    """Input statistics of every weight site, in one file of the cache for each block."""
+    """What calibration saw of each site, in one file of the cache for each block."""
 
     def __init__(self, context: Context, space: Space) -> None:
         self.context = context
-        self.portions = portions(space.input_sites, context.setting.blocks)
+        self.portions = portions(space.input_sites, context.setting.blocks, space.mean_sites)
 
     @property
     def files(self) -> dict[str, Path]:
-        """The file of each site's."""
-        return {site.name: self.path(p) for p in self.portions for site in p.sites}
+        """The file of each site's, by the names of its inputs."""
+        found: dict[str, Path] = {}
+        for portion in self.portions:
+            names = [name for site in portion.sites for name in site.input_names]
+            names += [site.name for site in portion.added]
+            found |= dict.fromkeys(names, self.path(portion))
+        return found
 
     def path(self, portion: Portion) -> Path:
         """The cache file of a block, named by what its statistics are of."""
         opened, data = self.context.opened, self.context.samples("calibration").hash
         names = [site.name for site in portion.sites]
+        names += [f"{site.name}:added" for site in portion.added]
         made_from = [opened.revision, self.context.spec.model.dtype, data, names]
         name = content_hash([CALIBRATION_VERSION, *made_from])
         return self.context.home.cache / f"calibration-{name}.safetensors"
@@ -85,7 +91,7 @@ class Statistics:
 
 
 def run(context: Context, space: Space) -> Output:
-    """Realize every option of weights and every treatment that the bank does not hold.
+    """Realize every option of weights, treatment and constant that the bank does not hold.
 
     Raises:
         InvalidInput: weights or calibration data that cannot be compressed.
@@ -108,30 +114,44 @@ def run(context: Context, space: Space) -> Output:
     if unseen:
         context.display.warning(
             f"nothing is known of the inputs of {len(unseen)} of {len(sites)} sites, of "
-            f"{unseen[0]} for one: calibration did not reach them, or they are written back. Their "
+            f"{unseen[0]} for one (apportion sites says why). Their "
             "weights are compressed by themselves (rtn unweighted, magnitude, svd)"
         )
-    _tell_degenerate(context, space, sites, files)
-    return {"index": index, "entries": total}
+    unreached = _tell_degenerate(context, space, sites, files)
+    return {"index": index, "entries": total, "unreached": unreached}
 
 
 def _tell_degenerate(
     context: Context, space: Space, places: Sequence[int], files: Mapping[str, Path]
-) -> None:
-    """Warn once of weights and inputs that leave the methods less to work with."""
-    statistics, found = StatisticsFiles(files), dict[str, str]()
+) -> list[str]:
+    """Warn once of weights and inputs that leave the methods less to work with.
+
+    Gives the names of what methods needed inputs of and no calibration data entered, an expert.
+    """
+    statistics, found, unreached = StatisticsFiles(files), dict[str, str](), list[str]()
     for place in places:
-        site, options = space.sites[place], _stored_options(space, place)
+        site, options = space.sites[place], _weight_options(space, place)
+        if not options:
+            continue
+        if site.has_experts:
+            (name,) = site.input_names
+            if is_unreached(statistics.of(name), options):
+                found[name] = "no calibration data entered it, so its experts go by their norms"
+            continue
         for name, group in zip(site.input_names, site.groups, strict=True):
-            weights = [member_weight(context.model, member) for member in group]
-            if words := degeneracy(weights, statistics.of(name), options):
+            weights, seen = [member_weight(context.model, m) for m in group], statistics.of(name)
+            if words := degeneracy(weights, seen, options):
                 found[name] = words
+            if is_unreached(seen, options):
+                unreached.append(name)
     if found:
-        name, words = next(iter(found.items()))
+        name = [*unreached, *found][0]
         context.display.warning(
             f"{len(found)} weight site{' is' if len(found) == 1 else 's are'} degenerate, {name} "
-            f'for one: {words}. What is done about it: docs/compressors.md, "Degenerate inputs"'
+            f"for one: {found[name]}. What is done about it: docs/compressors.md, "
+            '"Degenerate inputs"'
         )
+    return unreached
 
 
 def restore(context: Context, space: Space, index: Mapping[str, Mapping[str, str]]) -> None:
@@ -173,19 +193,31 @@ def _index(
     for place in places:
         if context.stop.is_set():
             raise Stopped
-        site = space.sites[place]
-        hashes = [statistics.hash(name) for name in site.input_names]
-        found = hashes[0] if len(hashes) == 1 else content_hash(hashes)
-        index[site.name] = _keys(context, site, _stored_options(space, place), found)
-        if None in hashes:
-            unseen.append(site.name)
+        site, keys = space.sites[place], dict[str, str]()
+        options, weight_options = _stored_options(space, place), _weight_options(space, place)
+        if weight_options:
+            hashes = [statistics.hash(name) for name in site.input_names]
+            found = hashes[0] if len(hashes) == 1 else content_hash(hashes)
+            keys |= _keys(context, site, weight_options, found)
+            if None in hashes:
+                unseen.append(site.name)
+        means = [option for option in options if option.drops]
+        if means:
+            keys |= _keys(context, site, means, statistics.added(site.name).hash)
+        index[site.name] = keys
     return index, unseen
 
 
 def _stored_options(space: Space, place: int) -> list[Option]:
-    """The options of a site that have weights of their own."""
+    """The options of a site that the bank holds something of."""
     kept = space.sites[place].is_structure
-    return [o for o in space.options[place][1:] if o.narrows or not kept]
+    options = space.options[place][1:]
+    return [o for o in options if o.narrows or not kept or str(o) == DROP_MEAN]
+
+
+def _weight_options(space: Space, place: int) -> list[Option]:
+    """Those of them that have weights of their own."""
+    return [option for option in _stored_options(space, place) if not option.drops]
 
 
 def _keys(
@@ -217,12 +249,12 @@ def _missing(
         for name, keys in index.items()
     }
     sites = {site.name: site for site in space.sites}
-    # What a sub-block is given lies in one block, and so in one file.
-    works = [
-        Realize(name, keys, str(files[sites[name].input_names[0]]))
-        for name, keys in wanted.items()
-        if keys
-    ]
+
+    def file(site: Site) -> str:
+        # What a sub-block is given lies in one block, and so in one file, as what it adds does.
+        return str(files[next(name for name in (site.name, *site.input_names) if name in files)])
+
+    works = [Realize(name, keys, file(sites[name])) for name, keys in wanted.items() if keys]
 
     def numbers(work: Realize) -> int:
         groups = sites[work.site].groups

@@ -16,6 +16,8 @@ from apportion.cost_models.rows import shape_of
 from apportion.cost_models.session import Timing
 from apportion.cost_models.whole_model import compare_models
 from apportion.errors import InvalidInput
+from apportion.spaces.discovery import discover
+from apportion.spaces.entries import Entry, build_space
 from apportion.spaces.narrowing import shared_copy
 
 REQUEST = [RequestItem("forward", batch=2), RequestItem("forward", batch=4, count=3)]
@@ -51,6 +53,20 @@ def test_profile_interrupted_measures_only_the_rest(tiny, space, sample, measure
     rest = {key: value for key, value in store.items() if key not in lost}
     measure(tiny, space, sample, rest, again.update)
     assert sorted(again) == sorted(lost)
+
+
+def test_profile_of_a_drop_for_a_constant_is_that_of_a_drop_and_of_a_sum(tiny, sample) -> None:
+    entries = [Entry(("mlp:*",), ("keep", "drop", "drop:mean"))]
+    space = build_space(discover(tiny, sample).sites, entries)
+    store: dict = {}
+    profile = measure(tiny, space, sample, {}, store.update, configurations=9)
+    assert measure(tiny, space, sample, store, never, timing=None, configurations=9) == profile
+    rows = profile.table.rows
+    assert (rows[:, 1] == 0).all() and (rows[:, 2] > 0).all() and rows[0, 2] == rows[1, 2]
+    sums = [s["subject"]["sum"] for s in store.values() if "sum" in s.get("subject", {})]
+    assert sorted(sums) == [[[n, 8, 64], "float32", [64]] for n in (2, 4)]
+    # Two like sites: six works, because a constant in place of one is another work than nothing.
+    assert len([key for key, s in store.items() if "subject" in s]) == 2 * (6 + len(sums) // 2)
 
 
 def test_outlook_counts_what_is_missing(tiny, space, sample, measured) -> None:

@@ -43,6 +43,23 @@ def test_weight_bytes_equal_the_written_file(tiny, space, tmp_path: Path) -> Non
         assert predicted == payload(tmp_path / f"{number}.safetensors"), configuration
 
 
+def test_bytes_of_a_drop_for_a_constant_are_those_of_the_constant(
+    tiny, sample, tmp_path: Path
+) -> None:
+    entries = [Entry(("block:*", "mlp:*"), ("keep", "drop", "drop:mean"))]
+    space = build_space(discover(tiny, sample).sites, entries)
+    cost, shape = weight_bytes(tiny, space), shape_of(space)
+    stored = random_weights(space, "float32", 8)
+    for site in space.sites:
+        chosen = space.canonical({site.name: "drop:mean"})
+        save_file(contents(tiny, Plan(space, chosen, stored, {}))[0], tmp_path / site.name)
+        assert cost.base + shape.total(cost.rows, space.config(chosen)) == payload(
+            tmp_path / site.name
+        )
+    assert (cost.rows[:, 2] == 64 * 4).all() and (cost.rows[:, 1] == 0).all()
+    assert (resident_cost(tiny, space, {}).rows[:, 2] == 64 * 4).all()
+
+
 def test_weight_bytes_of_a_recurrent_layer_equal_the_written_file(memory, tmp_path: Path) -> None:
     model, space = memory
     cost, shape = weight_bytes(model, space), shape_of(space)

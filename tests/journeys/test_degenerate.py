@@ -1,5 +1,6 @@
 """What a user sees of a degenerate model or of such data: one line that names it, or a warning."""
 
+import json
 from typing import Any
 
 import pytest
@@ -89,3 +90,5 @@ def test_layer_that_calibration_does_not_reach_is_compressed_and_said(journey: J
     assert (ended.status, ended.error) == (0, "")
     told = " ".join(ended.out.split())
     assert "blocks.0.mlp.down for one: no calibration data entered it" in told
+    (note,) = json.loads(journey.run("show", "tiny", "--json").out)["notes"][:1]
+    assert note.startswith("no calibration data entered 2 weights, blocks.0.mlp.down for one: ")

@@ -95,7 +95,7 @@ FAMILIES = {
 }
 
 
-WITHOUT_STATISTICS = ("mixture", "recurrent", "narrow convolutional")
+WITHOUT_STATISTICS = ("recurrent", "narrow convolutional")
 
 
 @dataclass(frozen=True)

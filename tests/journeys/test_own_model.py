@@ -53,7 +53,7 @@ sites = "linear:*"
 options = ["dense", "w8"]
 [[space]]
 sites = "block:*"
-options = ["keep", "drop"]
+options = ["keep", "drop", "drop:mean"]
 [devices.here]
 threads = 1
 [limits]
@@ -99,6 +99,11 @@ def test_own_loss_is_what_the_front_shows(finished: tuple[Path, str]) -> None:
     losses = [point["loss_heldout"] for point in shown(folder)["front"]]
     # float32 rounds the cosine of equal vectors to a little above one
     assert all(-1e-6 <= loss <= 2 for loss in losses)
+
+
+def test_constants_in_place_of_the_blocks_are_in_the_bank(finished: tuple[Path, str]) -> None:
+    # w8 of nine sites, and a constant for each of two blocks
+    assert "bank 11 entries" in finished[1]
 
 
 def test_pipe_gets_plain_lines(finished: tuple[Path, str]) -> None:

@@ -70,6 +70,23 @@ def test_drop_variants_drop_the_least_first(synthetic):
     assert variants[0][cheap] == 1 and problem.void(variants[0]).sum() == 2
 
 
+def test_drop_variants_drop_each_the_way_of_its_least_loss(synthetic):
+    problem, _ = scored(synthetic(0, blocks=2))
+    plain = drop_variants(problem, problem.uniform["o2"])
+    sites = [site for site, _ in sub_blocks(problem)]
+    # A second way to drop every sub-block, that loses less at the first of them alone.
+    loss, drops, count = problem.loss.copy(), problem.drops.copy(), problem.count.copy()
+    loss[sites, 2], drops[sites, 2], count[sites] = loss[sites, 1] + 1, True, 3
+    loss[sites[0], 2] = loss[sites, 1].min() - 1
+    cost = {kind: np.where(np.isfinite(row), row, 0.0) for kind, row in problem.cost.items()}
+    problem = replace(problem, loss=loss, drops=drops, removes=drops, count=count, cost=cost)
+    assert sub_blocks(problem) == [(site, option) for site in sites for option in (1, 2)]
+    variants = drop_variants(problem, problem.uniform["o2"])
+    assert len(variants) == len(plain) == 4
+    assert variants[0][sites[0]] == 2
+    assert [variants[3][site] for site in sites] == [2, 1, 1, 1]
+
+
 def test_uniform_scores_every_option_and_the_best_drop(synthetic, drive):
     world = synthetic(0, limits={"bytes": 1.0})
     log = drive(make_solver("uniform", world.problem, SETTINGS), world)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from apportion.kernels.formats import DTYPES
 from apportion.kernels.registry import serving
 from apportion.spaces.apply import member_weight
 from apportion.spaces.artifact import Plan
@@ -221,7 +222,7 @@ def full_space() -> Callable[[str], Space]:
             sites = discover(_make(family), _batch(family)).sites
             entries = [
                 Entry(("*",), WEIGHTS, skip_unfit=True),
-                Entry(("*",), ("keep", "drop", *TREATMENTS), skip_unfit=True),
+                Entry(("*",), ("keep", "drop", "drop:mean", *TREATMENTS), skip_unfit=True),
             ]
             made[family] = build_space(sites, entries)
         return made[family]
@@ -235,6 +236,9 @@ def make_plan() -> Callable[..., Plan]:
 
     def stored(model, dtype):
         def of(site, option):
+            if str(option) == "drop:mean":
+                constant = torch.linspace(-1, 1, max(site.constant)).to(DTYPES[dtype])
+                return StoredSite((), constant=constant.view(site.constant))
             weights = [member_weight(model, m).float() for group in site.groups for m in group]
             if option.narrows:
                 unknown = [None] * len(site.groups)
@@ -250,7 +254,8 @@ def make_plan() -> Callable[..., Plan]:
             site.name: {
                 str(option): serving(part.formats[0], part.shapes, "cpu")[0].name
                 for option in row
-                if option.narrows or (site.members and str(option) != "dense")
+                if (option.narrows and not site.has_experts)
+                or (site.members and str(option) != "dense")
                 for part in parts(site, option, dtype)
             }
             for site, row in zip(space.sites, space.options, strict=True)

@@ -93,6 +93,19 @@ def test_apply_dropped_mlp_equals_zeros_in_its_last_layer(applied, make_model, m
     torch.testing.assert_close(output_of(model, batch), output_of(dense, batch))
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_apply_drop_for_a_constant_equals_it_as_the_bias_of_silent_weights(
+    applied, make_model, make_batch, full_space, make_plan, family
+):
+    dense, space, name = make_model(family), full_space(family), attention(family, 1)
+    site, batch = space.sites[space.index(name)], make_batch(family)
+    stored = make_plan(dense, space, {}).stored(site, parse_option("drop:mean"))
+    silence(dense, f"{name}.{LAST[family]}")
+    dense.get_submodule(f"{name}.{LAST[family]}").bias.copy_(stored.constant)
+    model = applied(family, {name: "drop:mean"})
+    torch.testing.assert_close(output_of(model, batch), output_of(dense, batch))
+
+
 def test_apply_dropped_attention_that_adds_its_input_hands_it_on(
     applied, make_model, make_batch, monkeypatch
 ):

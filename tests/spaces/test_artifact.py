@@ -142,6 +142,17 @@ def test_load_of_scaled_inputs_is_bit_equal(make_model, make_batch, tmp_path, te
     assert sum(each.endswith(".input_scale") for each in packed) == len(weights)
 
 
+@pytest.mark.parametrize("family, name", [("llama", "model.layers.1.mlp"), ("conv", "blocks.1")])
+def test_load_adds_the_constant_of_what_was_dropped(written, make_model, make_batch, family, name):
+    folder, model = written(family, {name: "drop:mean"})
+    loaded = load(folder) if family == "llama" else load_python(folder, make_model)
+    batch = make_batch(family)
+    assert torch.equal(output_of(loaded, batch), output_of(model, batch))
+    dropped = output_of(written(family, {name: "drop"}, "dropped")[1], batch)
+    assert not torch.allclose(output_of(loaded, batch), dropped, atol=1e-3)
+    assert not [each for each in load_file(folder / TENSORS) if each.startswith(name + ".")][1:]
+
+
 def test_load_keeps_tied_embeddings_tied_and_written_once(written):
     folder, _ = written("qwen3", {"model.layers.0.mlp.down_proj": "w8"})
     assert "lm_head.weight" not in load_file(folder / TENSORS)
@@ -276,6 +287,14 @@ DAMAGES = {
         change_tensors(lambda t: t.pop("model.norm.weight")),
         f"tensors missing from {TENSORS}: model.norm.weight",
     ),
+    "missing constant": (
+        change_tensors(lambda t: t.pop("model.layers.2.constant")),
+        "'model.layers.2.constant'",
+    ),
+    "constant of another shape": (
+        change_tensors(lambda t: t.update({"model.layers.2.constant": torch.zeros(3)})),
+        "size mismatch for model.layers.2.constant",
+    ),
     "missing packed tensor": (change_tensors(lambda t: t.pop(PACKED + "zero")), "'zero'"),
     "missing member": (
         change_tensors(lambda t: [t.pop(n) for n in list(t) if n.startswith(PACKED)]),
@@ -325,7 +344,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_load_of_a_damaged_folder_says_so_in_one_line(written, damage):
     configuration = {"model.layers.0.mlp.down_proj": "w4g32", "model.layers.1": "drop"}
-    folder, _ = written("llama", configuration)
+    folder, _ = written("llama", configuration | {"model.layers.2": "drop:mean"})
     harm, told = DAMAGES[damage]
     harm(folder)
     with pytest.raises(InvalidInput) as error:

@@ -88,10 +88,17 @@ def test_collect_leaves_grouped_convolutions_out(make_model, make_batch):
     assert "blocks.1.first" not in found and "blocks.1.second" in found
 
 
-def test_collect_leaves_out_what_is_written_back(make_model, make_batch):
+def test_collect_leaves_out_what_nobody_sees(make_model, make_batch):
+    found = watched(make_model("recurrent"), [make_batch("recurrent")])
+    assert [*found] == ["memory.weight_ih_l0", "memory.weight_ih_l0_reverse", "head"]
+
+
+def test_collect_has_statistics_of_each_expert(make_model, make_batch):
     found = watched(make_model("mixtral"), [make_batch("mixtral")])
-    leaves = ("q_proj+k_proj+v_proj", "o_proj")
-    assert [*found] == [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in leaves]
+    layers = [f"model.layers.{n}.mlp.experts." for n in (0, 1)]
+    leaves = [f"{leaf}.{place}" for leaf in ("gate_up_proj", "down_proj") for place in range(4)]
+    expected = [layer + leaf for layer in layers for leaf in leaves]
+    assert [name for name in found if "experts" in name] == expected
 
 
 def test_collect_of_a_bfloat16_model_sums_in_float64():

@@ -14,10 +14,10 @@ from apportion.spaces.grammar import (
     WITH_ZEROS,
     Option,
     parse_option,
-    unrealized,
 )
+from apportion.spaces.unrealized import unrealized
 
-NAMED = ("dense", "f32", "bf16", "fp16", "keep", "drop")
+NAMED = ("dense", "f32", "bf16", "fp16", "keep", "drop", "drop:mean")
 percents = st.integers(1, 99_999).map(lambda n: Decimal(n) / 1000)
 patterns = st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
 
@@ -113,6 +113,9 @@ def test_parse_of_known_texts_fills_the_fields(text, option):
         ("bf61", "nearest: bf16"),
         ("w4g64+w8", "two w steps"),
         ("dense+w4", '"dense" stands alone'),
+        ("drop:mean+w4", '"drop:mean" stands alone and takes no steps'),
+        ("c50%+drop:mean", '"drop:mean" stands alone and takes no steps'),
+        ("drop:median", "nearest: drop:mean"),
         ("s50%:gptq", 'unknown method "gptq"; known for s: magnitude, wanda'),
         ("s50.0%", "write s50%"),
         ("w8g64s", "write w8g64"),
@@ -146,10 +149,10 @@ def test_parse_of_wrong_text_says_what_is_right(text, told):
     assert told in str(error.value)
 
 
-REALIZED = """dense f32 bf16 keep drop w2 w3g64 w4g32s w8 w8g64 w8a8 s50% s50%:magnitude r50%:svd
-r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s w1.58 w1.58g64
-s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8 op:conv c75% c75%:wanda+w4
-c50%+r25% w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8 w4g64:awq w8:awq
+REALIZED = """dense f32 bf16 keep drop drop:mean w2 w3g64 w4g32s w8 w8g64 w8a8 s50% r50%:svd
+s50%:magnitude r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s
+w1.58 w1.58g64 s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8 op:conv
+c75% c75%:wanda+w4 c50%+r25% w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8 w4g64:awq w8:awq
 s50%+w1.58:awq+o1%+r8 c75%+w3:awq"""
 UNREALIZED = "fp16 c75%+w7 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64"
 
@@ -174,12 +177,13 @@ def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)]
     + [("w4+o1%", True), ("w4:hqq+o1%", False), ("s50%:magnitude+w4:hqq+o1%+r4:svd", False)]
     + [("w4:hqq", False), ("s50%+w4:hqq", True), ("2:4:magnitude", False), ("2:4", True)]
-    + [("w4:awq", True)],
+    + [("w4:awq", True), ("drop", False), ("drop:mean", True)],
 )
 def test_needs_statistics_where_they_change_the_weights(text, needs):
     assert parse_option(text).needs_statistics is needs
 
 
-def test_is_structure_only_for_keep_and_drop():
+def test_is_structure_only_for_keep_and_drops():
     structures = [name for name in NAMED if parse_option(name).is_structure]
-    assert structures == ["keep", "drop"]
+    assert structures == ["keep", "drop", "drop:mean"]
+    assert [name for name in NAMED if parse_option(name).drops] == structures[1:]

@@ -97,12 +97,27 @@ def test_build_space_unmatched_pattern_names_the_nearest(sites, pattern, told):
     assert line.startswith(f'space[2].sites: "{pattern}" matches no site') and told in line
 
 
+@pytest.mark.parametrize("option", ["drop", "c75%", "op:skip"])
+def test_build_space_an_option_that_no_named_site_takes_is_told(sites, option):
+    (line,) = refused(sites, Entry(("*.down_proj",), ("dense", "w8", option)))
+    assert line.startswith(
+        f'space[1].options: "{option}" is for none of the sites that the entry names; keep, drop'
+    )
+    entry = Entry(("*.down_proj",), ("dense", "w8", option), skip_unfit=True)
+    assert {text for row in build_space(sites, [entry]).texts for text in row} == {"dense", "w8"}
+
+
+def test_build_space_an_option_for_sites_that_another_entry_decides_is_no_mistake(sites):
+    entries = [Entry(("*.down_proj",), ("dense", "w4")), Entry(("*.down_proj",), ("dense", "w8"))]
+    assert {text for row in build_space(sites, entries).texts for text in row} == {"dense", "w4"}
+
+
 def test_build_space_options_of_another_kind_are_told(sites):
     (line,) = refused(sites, Entry(("*.down_proj",), ("keep", "drop")))
     assert line == (
         'space[1].sites: "*.down_proj" names only sites that no option here is for; '
-        "keep and drop are for blocks and sub-blocks, cP% for those of them whose width can change "
-        "(apportion sites), op:NAME for choice blocks, all others for weights"
+        "keep, drop and drop:mean are for blocks and sub-blocks, cP% for those of them whose width "
+        "can change (apportion sites), op:NAME for choice blocks, all others for weights"
     )
 
 
@@ -150,6 +165,19 @@ def test_canonical_makes_all_under_a_dropped_parent_neutral(space):
     expected = {"model.layers.1": "drop", QKV.format(0): "w4g32"}
     assert {k: v for k, v in canonical.items() if v not in ("dense", "keep")} == expected
     assert canonical.keys() == names(space)
+
+
+def test_drop_for_a_constant_voids_what_a_drop_does(sites):
+    entries = [Entry(("block:*",), ("drop:mean", "drop")), Entry(("mlp:*",), ("keep", "drop"))]
+    space = build_space(sites, [*entries, Entry(("*",), ("w8",))])
+    place = space.index("model.layers.1")
+    assert space.texts[place] == ("keep", "drop", "drop:mean")
+    assert space.voiding[place] == (False, True, True)
+    below = {QKV.format(1): "w8", "model.layers.1.mlp": "drop"}
+    chosen = {"model.layers.1": "drop:mean"}
+    assert space.canonical(below | chosen) == space.canonical(chosen)
+    assert [site.name for site in space.mean_sites] == [f"model.layers.{n}" for n in range(3)]
+    assert "drop:mean" not in space.uniform_texts
 
 
 def test_canonical_of_random_configurations_is_what_the_tree_says(space):
@@ -207,19 +235,27 @@ def test_without_strikes_options_but_never_the_neutral_one(space):
     "option, told",
     [
         ("w8a8", "where weights are written back, what enters the layer cannot be quantized"),
-        ("w3:gptq", 'where weights are written back, option "w3:gptq": gptq needs calibration'),
+        ("w3:gptq", 'LSTM multiplies by it where nobody sees what with: option "w3:gptq": gptq'),
         ("s50%:wanda", "wanda needs calibration statistics and this layer has none"),
     ],
 )
-def test_build_space_refuses_what_needs_the_inputs_of_weights_that_are_written_back(
+def test_build_space_refuses_what_needs_the_inputs_of_weights_that_nobody_sees(
     make_model, make_batch, option, told
 ):
-    sites = discover(make_model("mixtral"), make_batch("mixtral")).sites
-    experts = "model.layers.0.mlp.experts.down_proj"
-    (problem,) = refused(sites, Entry((experts,), (option, "w8")))
+    sites = discover(make_model("recurrent"), make_batch("recurrent")).sites
+    (problem,) = refused(sites, Entry(("memory.weight_hh_l0",), (option, "w8")))
     assert f'"{option}" does not fit 1 site: ' in problem and told in problem
-    space = build_space(sites, [Entry((experts,), (option, "w8"), skip_unfit=True)])
+    space = build_space(sites, [Entry(("memory.weight_hh_l0",), (option, "w8"), skip_unfit=True)])
     assert space.texts == (("dense", "w8"),)
+
+
+def test_build_space_takes_what_needs_the_inputs_of_experts_in_stacks(make_model, make_batch):
+    sites = discover(make_model("mixtral"), make_batch("mixtral")).sites
+    entry = Entry(("*.experts.*",), ("w3g16:gptq", "s50%:wanda", "w4g32:awq", "s50%:sparsegpt"))
+    space = build_space(sites, [entry])
+    assert space.texts == (("dense", *entry.options),) * 4
+    (problem,) = refused(sites, Entry(("*.experts.*",), ("w8a8",)))
+    assert "what enters the layer cannot be quantized" in problem
 
 
 def test_build_space_parameters_of_a_sub_block_lie_in_it(make_model, make_batch):

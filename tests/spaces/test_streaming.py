@@ -93,6 +93,29 @@ class Exiting(Vision):
         return self.head(x.mean(1))
 
 
+class Expert(Block):
+    """Attention of torch's own, which has a fast way, and two experts in a stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.experts = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / WIDTH)
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        chosen = (x[..., 0] > 0).long()
+        mixed = torch.stack([x @ expert for expert in self.experts], -1)
+        return x + mixed.gather(-1, chosen[..., None, None].expand(*x.shape, 1))[..., 0], None
+
+
+class Mixture(Vision):
+    """Its products are watched in blocks, and nothing is outside of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Expert() for _ in range(3))
+
+
 def images(count=3):
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(2, 3, 8, 8, generator=generator) for _ in range(count)]
@@ -157,7 +180,7 @@ def test_stream_has_the_bits_of_an_ordinary_pass(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [Vision, Shifted])
+@pytest.mark.parametrize("kind", [Vision, Shifted, Mixture])
 def test_stream_of_a_chain_with_inputs_of_its_own(tmp_path, kind):
     model = built(kind)
     streamed = Streamed(model, images(), tmp_path)

@@ -46,9 +46,10 @@ class Uses(nn.Module):
         return self.use(x, self.weight)
 
 
-def views_of(use, shape, inputs=IN):
-    model = Uses(use, shape)
-    return watched_views(model, torch.randn(5, inputs), {""}, dict(model.named_parameters()))
+def views_of(use, shape, inputs=IN, unseen=None):
+    model, unseen = Uses(use, shape), {} if unseen is None else unseen
+    own = dict(model.named_parameters())
+    return watched_views(model, torch.randn(5, inputs), {""}, own, unseen)
 
 
 @pytest.mark.parametrize("name", FLAT)
@@ -92,3 +93,27 @@ def test_watched_stack_is_found_whole_with_one_use(name):
 )
 def test_watched_parameter_that_is_no_matrix_of_a_product_is_no_view(use):
     assert views_of(use, (OUT, IN)) == {}
+
+
+SIDES = "the forward multiplies by it from both sides"
+PARTS = "the forward multiplies by parts of it, or by it rearranged"
+
+
+@pytest.mark.parametrize(
+    ("use", "shape", "reason"),
+    [
+        (lambda x, w: F.linear(x, w) @ w, (OUT, IN), SIDES),
+        (lambda x, w: F.linear(x[:, :4], w[:, :4]), (OUT, IN), PARTS),
+        (lambda x, w: F.linear(x, w[1:5]), (OUT, IN), PARTS),
+        (lambda x, w: F.linear(x, w[[1, 0, 2]][0, 2:]), (STACK, OUT, IN), None),
+        (lambda x, w: F.linear(x, w.permute(1, 0, 2)[0]), (STACK, OUT, IN), PARTS),
+        (lambda x, w: torch.einsum("bi,oi,b->bo", x, w, x[:, 0]), (OUT, IN), PARTS),
+        (lambda x, w: torch.einsum("bi,oi->o", x, w), (OUT, IN), PARTS),
+        (lambda x, w: torch.einsum("...i,oi->...o", x, w), (OUT, IN), None),
+    ],
+    ids=["both sides", "columns", "rows", "a copy's", "across", "three", "summed", "dots"],
+)
+def test_watched_matrix_whose_inputs_cannot_be_seen_says_why(use, shape, reason):
+    unseen = {}
+    views_of(use, shape, unseen=unseen)
+    assert unseen.get("weight") == reason

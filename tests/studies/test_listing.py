@@ -8,6 +8,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from apportion.studies.cli.records import SiteRow
 from apportion.studies.listing import site_rows
+from apportion.studies.specification import StudySpec
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,42 @@ def test_sites_say_which_are_written_back_and_what_that_means(rows: dict[str, Si
     assert (experts["layers"], experts["weights"]) == (4, 4 * 2 * 64 * 32)
     told = [name for name, row in rows.items() if row["note"].startswith("written back:")]
     assert told == [n for n in rows if ".experts." in n] and len(told) == 4
-    assert "no latency credit, no input statistics" in experts["note"]
+    assert experts["note"] == "written back: runs as dense does, no latency credit"
 
 
 def test_sites_name_what_is_fixed_and_why(rows: dict[str, SiteRow]) -> None:
     fixed = {name: row["note"] for name, row in rows.items() if row["kind"] == "-"}
     assert fixed == {
         f"model.layers.{n}.mlp.gate": "fixed: a router among 4 experts" for n in (0, 1)
+    }
+
+
+CODE = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.GRU(8, 8, batch_first=True))
+
+def data(part):
+    return [torch.full((2, 3, 8), float(len(part)))]
+"""
+
+
+def test_sites_say_why_nobody_sees_what_a_matrix_is_multiplied_with(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(CODE)
+    source = f"python:{tmp_path / 'code.py'}"
+    spec = StudySpec(
+        study={"name": "recurrent"},
+        model={"source": f"{source}:model"},
+        data={"source": f"{source}:data"},
+        space=[{"sites": ["*"], "options": ["w8"]}],
+        limits={"bits": 9},
+    )
+    notes = {row["name"]: row["note"] for row in site_rows(spec)}
+    told = "written back: runs as dense does, no latency credit"
+    assert notes == {
+        "0.weight_ih_l0": told,
+        "0.weight_hh_l0": f"{told}, no input statistics: GRU multiplies by it where nobody sees "
+        "what with",
     }

@@ -55,6 +55,14 @@ def test_costs_of_a_dropped_block_are_those_of_the_rest(prices: Prices) -> None:
     }
 
 
+def test_drop_for_a_constant_is_a_drop_to_a_solver() -> None:
+    options = tuple(map(parse_option, ("keep", "drop", "drop:mean")))
+    space = Space((Site("mlp", "mlp", constant=(8,)),), (options,))
+    problem = Prices(space, {"bits": np.zeros((1, 3))}, {"bits": 0.0}, {}, {}).problem([], {})
+    assert problem.removes is not None
+    assert problem.drops.tolist() == problem.removes.tolist() == [[False, True, True]]
+
+
 def test_limit_of_its_own_unit_is_met_without_margin(prices: Prices) -> None:
     allowed = feasible(prices, latency_here="1x w4")
     assert {(0, 2, 2), (0, 2, 3), (0, 3, 2), (0, 3, 3), (1, 0, 0)} == allowed

@@ -84,6 +84,9 @@ def fill_bank(spec: WorkerSpec) -> None:
             if option.narrows:
                 unknown = [None] * len(site.groups)
                 stored = realize_treatment(weights, site.width, option, unknown, "float32")
+            elif str(option) == "drop:mean":
+                constant = torch.linspace(-1, 1, max(site.constant)).view(site.constant)
+                stored = StoredSite((), constant=constant)
             elif site.is_structure:
                 continue
             else:
@@ -120,7 +123,10 @@ def spec(home: Path) -> WorkerSpec:
         batch=4,
         space=[
             [["*.self_attn.*", "*.mlp.*"], ["dense", "w4g32", "bf16", "s50%"]],
-            [["attention:*", "mlp:*", "block:*"], ["keep", "drop", "c50%", "c50%+w4g16"]],
+            [
+                ["attention:*", "mlp:*", "block:*"],
+                ["keep", "drop", "drop:mean", "c50%", "c50%+w4g16"],
+            ],
         ],
         rank_multiple=8,
         bank=str(home / "bank"),

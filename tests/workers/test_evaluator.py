@@ -27,6 +27,8 @@ CONFIGURATIONS = [
     {MLP.format(1): "c50%+w4g16", DOWN.format(2): "w4g32"},
     {MLP.format(1): "c50%+w4g16", MLP.format(2): "c50%", "model.layers.0": "drop"},
     {MLP.format(2): "drop", MLP.format(0): "c50%"},
+    {MLP.format(2): "drop:mean", MLP.format(0): "c50%"},
+    {"model.layers.1": "drop:mean", DOWN.format(2): "w4g32"},
     {DOWN.format(2): "w4g32"},
     {},
 ]
@@ -119,6 +121,23 @@ def test_narrower_sub_block_loses_what_zero_channels_lose(
     found = losses(evaluator, {name: "c50%"}, 0, 4)
     np.testing.assert_allclose(found, sums, rtol=1e-3)
     assert found.all()
+
+
+def test_drop_for_a_constant_loses_what_the_constant_alone_loses(
+    evaluator: Evaluator, spec: WorkerSpec
+) -> None:
+    from apportion.workers.spec import open_setting
+
+    setting, name = open_setting(spec), MLP.format(1)
+    constant = evaluator._store.bank.get(evaluator._store.index[name]["drop:mean"]).constant
+    batch = evaluator.chunks("search")[0].batch
+    with torch.inference_mode():
+        dense = setting.opened.model(**batch)
+        alone = lambda *_: constant.expand(*batch["input_ids"].shape, -1)  # noqa: E731
+        setting.opened.model.get_submodule(name).register_forward_hook(alone)
+        sums, _ = setting.objective.measure(setting.opened.model(**batch), batch, dense)
+    np.testing.assert_array_equal(losses(evaluator, {name: "drop:mean"}, 0, 4), sums)
+    assert np.all(losses(evaluator, {name: "drop"}, 0, 4) != sums)
 
 
 def test_reference_semantics_equal_weights_written_back(

@@ -55,6 +55,15 @@ def _output_error(text, **more):
     return float(((lost @ statistics.second_moment) * lost).sum())
 
 
+@pytest.mark.parametrize("text", REALIZED)
+def test_realize_leaves_weights_and_statistics_as_they_are(text):
+    weight, statistics = _case()
+    weight, moment = weight.T.contiguous().T, statistics.second_moment
+    before = weight.clone(), moment.clone()
+    realize(weight, SHAPE, parse_option(text), statistics, "float32")
+    assert torch.equal(weight, before[0]) and torch.equal(moment, before[1])
+
+
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("text", [text for text in REALIZED if ":" not in text])
 def test_realize_stores_the_bytes_its_format_promises(text, seen):

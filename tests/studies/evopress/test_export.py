@@ -3,7 +3,10 @@
 import pytest
 
 from apportion.errors import InvalidInput
-from apportion.studies.evopress.export import bit_levels
+from apportion.spaces.grammar import parse_option
+from apportion.spaces.sites import Site
+from apportion.spaces.space import Space
+from apportion.studies.evopress.export import bit_levels, check_words
 
 
 def test_each_number_of_bits_is_a_level() -> None:
@@ -23,3 +26,11 @@ def test_what_is_no_number_of_bits_is_refused(option: str) -> None:
 def test_two_options_of_one_level_are_refused() -> None:
     with pytest.raises(InvalidInput, match='"w4g32" and "w4g64" are both level 4'):
         bit_levels({"w4g64", "w4g32"})
+
+
+def test_a_constant_in_place_of_a_sub_block_has_no_word() -> None:
+    options = tuple(map(parse_option, ("keep", "drop", "drop:mean")))
+    space = Space((Site("mlp", "mlp", constant=(8,)),), (options,))
+    check_words({"mlp": "drop"}, space)
+    with pytest.raises(InvalidInput, match='mlp: EvoPress has no level for "drop:mean"'):
+        check_words({"mlp": "drop:mean"}, space)

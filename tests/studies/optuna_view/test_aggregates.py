@@ -59,8 +59,9 @@ def test_a_third_of_the_weight_sites_has_bits_of_its_own_in_the_order_of_the_mod
     assert values["bits"] == 5.25
 
 
-def test_what_lies_in_a_dropped_site_is_dropped_and_costs_nothing() -> None:
-    sites = {"b.1": "drop", "b.1.x": "dense", "b.1.y": "dense", "b.10.x": "w8", "b.10.y": "dense"}
+@pytest.mark.parametrize("drop", ["drop", "drop:mean"])
+def test_what_lies_in_a_dropped_site_is_dropped_and_costs_nothing(drop: str) -> None:
+    sites = {"b.1": drop, "b.1.x": "dense", "b.1.y": "dense", "b.10.x": "w8", "b.10.y": "dense"}
     values = Aggregates.of(spec(["dense", "w8", "drop"])).values(trial(sites))
     assert values["share_dropped"] == 0.5
     assert values["share_dense"] == values["share_quantized"] == 0.25

@@ -18,6 +18,7 @@ from apportion.studies.context import RANK_MULTIPLE, Context
 from apportion.studies.database import Store
 from apportion.studies.evaluations import Stopped
 from apportion.studies.home import Home
+from apportion.studies.preparation import disk
 from apportion.studies.specification import StudySpec
 from apportion.studies.stages import compress
 
@@ -42,6 +43,19 @@ class Net(nn.Module):
         last = self.blocks[1](first)
         return self.head(self.blocks[2](last + self.skip * first))
 
+class Experts(nn.Module):
+    # Adds what one expert of a stack gives of a token; none is sent to the last.
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 32, 32) / 8)
+    def forward(self, x):
+        chosen, output = (x[:, 0] > 0).long(), x.clone()
+        for place in chosen.unique():
+            output[chosen == place] += x[chosen == place] @ self.weight[place]
+        return output
+
+def mixture():
+    return nn.Sequential(Experts(), Experts())
 def chain():
     return Net(0)
 def skipping():
@@ -60,7 +74,11 @@ class Recording(QuietDisplay):
     def __init__(self) -> None:
         self.ends: dict[str, str] = {}
         self.told: list[tuple[float, float]] = []
+        self.warnings: list[str] = []
         self.stop, self.stop_at = Event(), 0
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -87,14 +105,14 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str], Context]]:
     (tmp_path / "code.py").write_text(CODE)
     threads = torch.get_num_threads()
 
-    def build(model: str = "chain") -> Context:
+    def build(model: str = "chain", options: tuple[str, ...] = OPTIONS) -> Context:
         name = f"study{len(store.studies())}"
         source = f"python:{tmp_path / 'code.py'}"
         spec = StudySpec(
             study={"name": name},
             model={"source": f"{source}:{model}"},
             data={"source": f"{source}:load"},
-            space=[{"sites": ["*"], "options": list(OPTIONS), "unfit": "skip"}],
+            space=[{"sites": ["*"], "options": list(options), "unfit": "skip"}],
             limits={"bits": 5},
         )
         study = store.create_study(name, spec.to_json(), spec.spec_hash).id
@@ -190,3 +208,53 @@ def test_model_that_is_no_chain_is_told(opened: Callable[[str], Context]) -> Non
         "12 rows, all blocks at once: block blocks.2 depends on more than the block before"
     )
     assert len(files(context)) == 4
+
+
+def test_experts_in_a_stack_have_methods_that_need_their_tokens(
+    opened: Callable[..., Context],
+) -> None:
+    context = opened("mixture", ("w3g16:gptq", "s50%:wanda", "s50%:sparsegpt+w4"))
+    space = context.setting.space
+    assert space.texts == (("dense", "w3g16:gptq", "s50%:wanda", "s50%:sparsegpt+w4"),) * 2
+    output = compress.run(context, space)
+    index = output["index"]
+    batches = [chunk.batch for chunk in context.samples("calibration").chunks(16)]
+    sums = collect(context.model, space.sites, batches)
+    assert sum(sums[f"1.weight.{place}"].tokens for place in range(3)) == 12
+    size = sum(found.second_moment.nbytes for found in sums.values())
+    assert disk(context.setting, context.home)["parts"]["cache"] == size
+    for place, site in enumerate(space.sites):
+        for option in space.options[place][1:]:
+            stored = context.bank.get(index[site.name][str(option)]).weights
+            for member, found in zip(site.members, stored, strict=True):
+                weight, seen = member_weight(context.model, member), sums[member.path]
+                made = realize(weight, member.shape, option, seen, "float32", RANK_MULTIPLE)
+                assert tensors_hash(found.tensors) == tensors_hash(made.tensors)
+    (told,) = recording(context).warnings
+    assert "weight sites are degenerate, 0.weight.2 for one: no calibration data entered it" in told
+    assert output["unreached"] == ["0.weight.2", "1.weight.2"]
+
+
+def test_mean_of_what_blocks_add_is_in_the_bank_beside_what_there_was(
+    opened: Callable[..., Context],
+) -> None:
+    before = compress.run(plain := opened("chain"), plain.setting.space)["index"]
+    context = opened("chain", (*OPTIONS, "drop", "drop:mean", "c50%"))
+    space = context.setting.space
+    index = compress.run(context, space)["index"]
+    batches = [chunk.batch for chunk in context.samples("calibration").chunks(16)]
+    sums = collect(context.model, [], batches, added=space.mean_sites)
+    assert {name: index[name] for name in before} == before
+    for site in space.mean_sites:
+        assert index[site.name].keys() == {"drop:mean", "c50%"}
+        stored = context.bank.get(index[site.name]["drop:mean"])
+        assert torch.equal(stored.constant, sums[site.name].mean(torch.float32))
+    lost = context.bank.path(index["blocks.1"]["drop:mean"])
+    content = lost.read_bytes()
+    lost.unlink()
+    compress.restore(context, space, index)
+    assert lost.read_bytes() == content
+    alone = opened("chain", ("keep", "drop:mean"))
+    expected = {site.name: index[site.name]["drop:mean"] for site in space.mean_sites}
+    made = compress.run(alone, alone.setting.space)["index"]
+    assert {name: keys["drop:mean"] for name, keys in made.items()} == expected
