@@ -139,9 +139,11 @@ class Finished:
         )
 
     def answers(self, asked: Sequence[tuple[float, float]], union: Prices) -> list[Scored]:
-        """For limits in shares of dense, what the table answers as the study has corrected it.
+        """For limits in shares of dense, what the study's loss table answers.
 
-        Nothing is measured for it. Limits within which the space has nothing have no answer.
+        Nothing is measured for it. There are up to three answers: of the table alone, as corrected
+        by all that was measured, and as corrected for what was measured near the best point known
+        within the limits. Limits within which the space has nothing have none.
 
         Args:
             union: prices of a space that holds all options of this one.
@@ -150,18 +152,21 @@ class Finished:
         problem = priced_by(prices.problem((), {}), prices, union)
         ledger = self._ledger(prices, problem)
         problem = with_loss(problem, _loss_table(ledger, problem))
-        table = Surrogate(problem, observations(ledger, None)).mean_table()
-        exact = Exact(problem, {})
-        found = []
-        for limits in asked:
-            within = {
+        exact, scored = Exact(problem, {}), list[Scored]()
+        everywhere = Surrogate(problem, observations(ledger, None)).mean_table()
+        for shares in asked:
+            limits = {
                 kind: share * problem.total(kind, problem.neutral_config)
-                for kind, share in zip(KINDS, limits, strict=True)
+                for kind, share in zip(KINDS, shares, strict=True)
             }
-            config = exact.solve(table, within, gap=GAP)
-            if config is not None:
-                found.append(Scored(prices.space.configuration(config), "answer", math.nan))
-        return found
+            within = replace(problem, limit=limits)
+            known = [config for config in ledger.complete() if within.feasible(config)]
+            near = observations(ledger, min(known, key=ledger.mean, default=None))
+            tables = [problem.additive, everywhere, Surrogate(problem, near).mean_table()]
+            found = {exact.solve(table, limits, gap=GAP) for table in tables}
+            configurations = [prices.space.configuration(c) for c in found if c is not None]
+            scored += [Scored(each, "answer", math.nan) for each in configurations]
+        return scored
 
     def _ledger(self, prices: Prices, problem: Problem) -> Ledger:
         """All trials, told again."""

@@ -6,8 +6,9 @@ Formula.     A point is (log10 of held-out KL, weight_bytes / dense, latency / d
              An axis' point is matched where the joint space offers, within its bytes and its
              latency, a point whose held-out KL is at most 2 paired standard errors above its own.
              The joint space offers what its study has measured, and what its finished study
-             answers for just these limits: the integer program on the loss table as corrected by
-             all measurements. Such an answer is not measured in the search; held-out data judge.
+             answers for the costs of the axes' points as limits: the integer program on the loss
+             table, alone and as corrected by what was measured, everywhere and near. No token is
+             spent on these answers: held-out data alone judge them, and all points.
 Assumptions. The shipped model. One study for each (space, seed), of the same tokens, with limits
              that the dense model keeps: solver "hybrid" maps the whole front then. A study's
              points are those that its search has scored on the full slice and found not beaten.

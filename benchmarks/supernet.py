@@ -5,24 +5,32 @@ sub-network of least search loss within 0.6 of the dense latency. It and ten ran
 fast as it are then trained from scratch: same images, same recipe, same seeds.
 
 Formula.     Loss of a network = cross-entropy with the true digits in nats, mean over test images
-             that neither training nor study read, mean over 20 seeds. d = least loss of the ten
+             that neither training nor study read, mean over 8 seeds. d = least loss of the ten
              random ones - loss of the found one. SE(d) joins what differs from seed to seed and
              from image to image: hypot(SE of the mean over seeds, SE over images) of the paired
              differences. As fast: both timed beside the dense model in one run, ratio of the two
              within 1 +- 0.05; the ten are the first so found among sub-networks that are drawn
              evenly, alternative by alternative, so they are slower as often as chance has it.
+             A short timing leaves out who is not within 1 +- 0.2.
 Assumptions. One machine, one request (64 images, 1 thread), one super-net, one study.
 Ceiling.     The best of ten is chosen by its test loss, which favors it; the found one is chosen
              by the study, before anything is trained from scratch.
 History.     This is not the first design. Earlier ones (other alternatives, super-nets trained by
              the sandwich rule) were judged on the test part of another split, and did not hold:
              what the largest or the smallest held was trained more, and ranked higher for that.
-             This one (fair training, its space, noise, limit and steps) was chosen out of nine
-             on search and heldout images alone; its test images were trained on in earlier
-             designs, but judged none. While it was chosen, search loss in the super-net and
-             heldout loss from scratch had rank correlation 0.89 (12 random sub-networks, 4 seeds,
-             equal sums of their alternatives' times), and the one of least search loss was ahead
-             of the best of those 12 by 0.016 nats, SE 0.035: this run may well not hold.
+             Nine with fair training were then judged on search and heldout images alone; of the
+             best of them (8 blocks, convolutions and skip, digits in noise) the found one was ahead
+             of the best of 12 random ones by 0.016 nats, SE 0.035: all were too alike. Scenes, more
+             blocks and pooling among the alternatives came after that, again on search and heldout
+             images alone. Scenes of 16x16 points with four fragments taught nothing (all guessed).
+             With an inverted bottleneck among the alternatives and another limit, one found by a
+             plain evolutionary search was ahead of the best of 10 by 0.287 nats, SE 0.031 (2 seeds,
+             300 steps), one found by a study only by 0.024, SE over images 0.052 (1 seed, 400
+             steps). Without it the found one was ahead by 0.124, SE over images 0.048 (1 seed, a
+             study that was cut short), and with this limit and this whole script, heldout images
+             in place of the test's, by 0.228, SE 0.036: that is the present design, and was the
+             last rehearsal before the test images were read. These were trained on in the earliest
+             designs, but had judged none before.
 
 Run: .venv/bin/python benchmarks/supernet.py. What the same code has trained, found or timed is not
 done again; the super-net's training goes on where it was.
@@ -63,8 +71,9 @@ from apportion.workers.device_lock import processor_lock
 EXAMPLE = ROOT / "examples" / "supernet"
 DEVICE, THREADS = "here", 1
 RANDOM, AS_FAST = 10, 0.05
-DRAWN_AT_ONCE = 10
-SEEDS, STEPS, LEARNING_RATE = 20, 250, 0.015
+DRAWN_AT_ONCE = 100
+LIKELY, GLANCE = 0.2, 0.05  # what a short timing has near enough for a longer one; its seconds
+SEEDS, STEPS, LEARNING_RATE = 8, 400, 0.015
 JUDGED_BY = "test"  # the part that neither the super-net nor the study reads
 SECONDS = 0.5  # of timing, for each sub-network
 SIGNIFICANT = 2.0
@@ -116,22 +125,39 @@ def as_fast(model: ModuleType, found: Subnetwork) -> list[tuple[Subnetwork, floa
             {path: str(generator.choice(choice.names)) for path, choice in choices.items()}
             for _ in range(DRAWN_AT_ONCE)
         ]
-        times = timed(model, [found, *drawn])
-        for subnetwork, time in zip(drawn, times[1:], strict=True):
-            share = time.ratio / times[0].ratio
-            known = [found, *(other for other, _ in accepted)]
-            if abs(share - 1) <= AS_FAST and subnetwork not in known:
+        likely = [subnetwork for subnetwork, _ in near(model, found, drawn, GLANCE, LIKELY)]
+        for subnetwork, share in near(model, found, likely, SECONDS, AS_FAST):
+            if subnetwork not in [found, *(other for other, _ in accepted)]:
                 accepted.append((subnetwork, share))
     return accepted[:RANDOM]
 
 
-def timed(model: ModuleType, subnetworks: Sequence[Subnetwork]) -> list[Measurement]:
+def near(
+    model: ModuleType,
+    found: Subnetwork,
+    drawn: Sequence[Subnetwork],
+    seconds: float,
+    reach: float,
+) -> list[tuple[Subnetwork, float]]:
+    """Those whose time is 1 +- `reach` of the found one's, each with its share of it."""
+    times = timed(model, [found, *drawn], seconds)
+    shares = (time.ratio / times[0].ratio for time in times[1:])
+    return [
+        (subnetwork, share)
+        for subnetwork, share in zip(drawn, shares, strict=True)
+        if abs(share - 1) <= reach
+    ]
+
+
+def timed(
+    model: ModuleType, subnetworks: Sequence[Subnetwork], seconds: float
+) -> list[Measurement]:
     """Times of the study's request beside the dense model, in one run."""
     build = {str(n): (lambda s=s: untrained(model, s, 0)) for n, s in enumerate(subnetworks)}
     request = request_of(load(EXAMPLE / "study.toml").devices[DEVICE])
     items, sample = [RequestItem.from_json(item) for item in request], model.data("search")[0]
     with processor_lock().exclusive(lambda: None):
-        found = compare_models(build, model.Net(), items, sample, threads=THREADS, seconds=SECONDS)
+        found = compare_models(build, model.Net(), items, sample, threads=THREADS, seconds=seconds)
     return [found[name] for name in build]
 
 
@@ -146,7 +172,7 @@ def trained(model: ModuleType, train: ModuleType, chosen: Subnetwork, seed: int)
         cross_entropy(net(images), labels).backward()
         optimizer.step()
         schedule.step()
-    images, labels = model.digits(JUDGED_BY)
+    images, labels = model.scenes(JUDGED_BY)
     with torch.no_grad():
         logits = net.eval()(images)
     return {

@@ -4,27 +4,24 @@ Interrupted, it goes on from its checkpoint when it is started again.
 """
 
 import torch
-from model import NOISE, WEIGHTS, Net, digits
+from model import WEIGHTS, Net, cluttered, digits
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 import apportion
 
 CHECKPOINT = WEIGHTS.with_name("checkpoint.safetensors")
-STEPS = 2000
+STEPS = 1600
 BATCH = 64
 LEARNING_RATE = 0.01
-IMAGES, LABELS = digits("calibration", noise=0)
+IMAGES, LABELS = digits("calibration")
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Images [BATCH, 1, 8, 8] with new noise, moved by up to a pixel; their digits [BATCH]."""
+    """New scenes [BATCH, 1, 10, 10] of drawn images; their digits [BATCH]."""
     chosen = torch.randperm(len(IMAGES))[:BATCH]
-    noisy = IMAGES[chosen] + NOISE * torch.randn(BATCH, 1, 8, 8)
-    row, column = torch.randint(0, 3, (2,)).tolist()
-    moved = pad(noisy, (1, 1, 1, 1))[:, :, row : row + 8, column : column + 8]
-    return moved, LABELS[chosen]
+    return cluttered(IMAGES[chosen]), LABELS[chosen]
 
 
 def tell(step: int, loss: float) -> None:
@@ -44,7 +41,7 @@ def main() -> None:
         checkpoint=CHECKPOINT,
         steps=STEPS,
         learning_rate=LEARNING_RATE,
-        random_subnetworks=5,  # each alternative of each block in every step,
+        random_subnetworks=7,  # each alternative of each block in every step,
         fair_share=1.0,  # and none more often: what is trained more would rank higher
         tell=tell,
     )

@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "supernet"
 # A short training, few evaluations, limits that no machine misses; all runs read the same timings.
 SHORTER = {
-    "train.py": {"STEPS = 2000": "STEPS = 20"},
+    "train.py": {"STEPS = 1600": "STEPS = 10"},
     "study.toml": {
         'kind = "cpu"\nthreads = 1': 'kind = "recorded"\nfile = "timings.json"',
         "batch = 64": "batch = 4",
         'latency.here = "0.6x dense"': 'weight_bytes = "0.3x dense"\nlatency.here = "3x dense"',
         "windows = 500": "windows = 100",
-        "tokens = 800_000": "tokens = 3_000",
+        "tokens = 300_000": "tokens = 3_000",
     },
     # an evaluation that takes long enough to be killed
     "model.py": {
