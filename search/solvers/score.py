@@ -11,7 +11,7 @@ from apportion.search.problem import Config, Floats, Problem
 from apportion.search.solver import Proposal, Result, SearchSlice, Settings
 
 SHARE = 0.4  # of the token budget, at most, for the whole table
-PILOT = 0.1  # the same for the first form of a table that is refined
+PILOT = 0.2  # the same for the first form of a table that is refined
 REFINED = 0.6  # and for all of that: it is asked about limits that nobody has measured at
 
 
