@@ -27,6 +27,7 @@ NEAR = 2  # diverse near-optima in the first batch
 DRAWN = 3  # programs on drawn tables in a batch
 MUTANTS = 200  # mutations that the table is asked about, per batch
 FINALISTS = 1  # of a batch that go on to the full slice
+NOTHING = 1e-6  # a loss up to it is rounding
 IDLE = 5  # batches with nothing new, before the search ends
 
 
@@ -47,12 +48,16 @@ class Hybrid:
     def strategy(self) -> Strategy:
         """Table, baselines, exact answers, half of the front, search, the other half.
 
-        Where the limits do not bind there is nothing to search for but the front.
+        Where the neutral configuration is within the limits and loses nothing, as of a divergence,
+        nothing is left to search for but the front.
         """
         ledger, full = self.ledger, self.ledger.settings.full
-        if self.problem.feasible(self.problem.neutral_config):
-            yield from self._frontier()
-            return
+        neutral = self.problem.neutral_config
+        if self.problem.feasible(neutral):
+            yield from ledger.measure([Proposal(neutral, full, "hybrid:neutral")])
+            if abs(ledger.mean(neutral)) <= NOTHING:
+                yield from self._whole_front()
+                return
         self.problem = yield from score(ledger, self.problem)
         self.exact.problem = self.problem
         optimum = self.exact.solve(self.problem.additive)
@@ -69,14 +74,11 @@ class Hybrid:
             yield from self._search(ledger.settings.tokens - (reserve - reserve // 2))
         yield from self._front(ledger.settings.tokens)
 
-    def _frontier(self) -> Strategy:
-        """Table, baselines, the table again where it matters, and the whole front."""
+    def _whole_front(self) -> Strategy:
+        """Table, baselines, the table again where it matters, and points of the front."""
         ledger = self.ledger
         self.problem = yield from score(ledger, self.problem, share=PILOT)
         self.exact.problem = self.problem
-        yield from ledger.measure(
-            [Proposal(self.problem.neutral_config, ledger.settings.full, "hybrid:neutral")]
-        )
         yield from uniform(ledger, self.problem, BASELINES)
         frontier = Frontier(ledger, self.problem, self.exact, self.memory)
         yield from frontier.search(ledger.settings.tokens)

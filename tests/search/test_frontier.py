@@ -157,6 +157,23 @@ def test_front_is_searched_where_nothing_is_limited(synthetic, drive):
     assert sum(p.origin.startswith("hybrid:front") for p, _ in log) > 8
 
 
+def test_best_is_searched_where_the_neutral_configuration_may_be_beaten(synthetic, drive):
+    """A cross-entropy is no divergence: another choice may lose less than the neutral one."""
+    world = synthetic(1, blocks=2, limits=LOOSE)
+    result, neutral = world.result, world.problem.neutral_config
+
+    def shifted(proposal):
+        told = result(proposal)
+        return replace(told, losses=told.losses + 1.0)
+
+    world.result = shifted
+    log = drive(make_solver("hybrid", world.problem, SETTINGS), world)
+    assert log[0][0].config == neutral and log[0][0].slice == SETTINGS.full
+    origins = {p.origin.partition(":")[2] for p, _ in log if p.origin.startswith("hybrid:b")}
+    assert any(origin.endswith("mutant") for origin in origins)
+    assert not any(p.origin.startswith("hybrid:front") for p, _ in log)
+
+
 def test_front_without_uniform_configurations_begins_with_the_ladder(synthetic, drive):
     world = synthetic(1, blocks=2, limits=LOOSE)
     world.problem = replace(world.problem, uniform={}, drops=np.zeros_like(world.problem.drops))
