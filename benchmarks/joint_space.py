@@ -8,7 +8,9 @@ Formula.     A point is (log10 of held-out KL, weight_bytes / dense, latency / d
              The joint space offers what its study has measured, and what its finished study
              answers for the costs of the axes' points as limits: the integer program on the loss
              table, alone and as corrected by what was measured, everywhere and near. No token is
-             spent on these answers: held-out data alone judge them, and all points.
+             spent on these answers. Held-out data judge, and of all that is offered the best there
+             counts, which favors the joint space; an axis' front is that on held-out data too,
+             which favors the axis.
 Assumptions. The shipped model. One study for each (space, seed), of the same tokens, with limits
              that the dense model keeps: solver "hybrid" maps the whole front then. A study's
              points are those that its search has scored on the full slice and found not beaten.
