@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -94,11 +94,13 @@ def model_dtype(model: nn.Module) -> str:
     return str(next(found, torch.float32)).removeprefix("torch.")
 
 
-def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
+def observe(
+    model: nn.Module, space: Space, run: Callable[[], object], also: Iterable[str] = ()
+) -> dict[str, Given]:
     """Path of a layer, choice block or site of `drop:mean` -> what it is given in one run.
 
-    Of layers that share an input the first. What is not called, or is no layer but written back,
-    is left out.
+    Modules at the paths `also` are seen as well. Of layers that share an input the first is. What
+    is not called, or is no layer but written back, is left out.
     """
     seen: dict[str, Given] = {}
 
@@ -112,7 +114,7 @@ def observe(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[s
         return note
 
     watched = [site.name for site in space.sites if site.choices]
-    watched += [site.name for site in space.mean_sites]
+    watched += [*(site.name for site in space.mean_sites), *also]
     watched += [g[0].module for s in space.sites for g in s.groups if not g[0].written_back]
     handles = [
         model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True)

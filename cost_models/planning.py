@@ -1,11 +1,13 @@
 """What has to be timed for one request item: its operators, structures and alternatives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from apportion.cost_models.expert_loads import Shares, expected_loads, expert_shares, like_modules
 from apportion.cost_models.operators import (
     Given,
     Operator,
@@ -17,7 +19,7 @@ from apportion.cost_models.operators import (
 from apportion.cost_models.requests import RequestItem, runner
 from apportion.cost_models.session import Session
 from apportion.cost_models.whole_model import signature, whole_description
-from apportion.spaces.batches import Batch
+from apportion.spaces.batches import Batch, call
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP_MEAN, Space
@@ -27,7 +29,8 @@ from apportion.spaces.space import DENSE, DROP_MEAN, Space
 class Context:
     """What is measured, and how: the dense model, its space, and the sitting.
 
-    `footprint` is the bytes of weights that an operator's own must be as cold as.
+    `footprint` is the bytes of weights that an operator's own must be as cold as, `shares` tells
+    what listed experts are given of the tokens in the study's data.
     """
 
     model: nn.Module
@@ -38,6 +41,7 @@ class Context:
     footprint: float
     model_bytes: float
     session: Session
+    shares: Shares
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class ItemPlan:
         alternatives: (choice block, option) -> name of the alternative, the same where both the
             blocks and what they are given are alike.
         constants: (structure site, option) -> what a constant is added to in its place.
+        active: place of a weight site of a listed expert -> share of the steps that run it.
         model: signature of the dense model.
     """
 
@@ -71,6 +76,7 @@ class ItemPlan:
     structures: dict[int, str]
     alternatives: dict[tuple[int, int], str]
     constants: dict[tuple[int, int], Given]
+    active: dict[int, float]
     model: str
 
     @property
@@ -88,25 +94,27 @@ class ItemPlan:
 def plan_item(context: Context, item: RequestItem) -> ItemPlan:
     """Run the model once to see what its layers are given, and list what that takes to time."""
     model, space = context.model, context.space
-    given = observe(model, space, runner(model, item, context.sample))
+    seen = observed(model, space, runner(model, item, context.sample))
+    firsts = {group[0].module for site in space.sites for group in site.groups}
+    given, active = expected_loads(like_modules(model), context.shares, seen, sorted(firsts))
     originals: dict[int, Program] = {}
     candidates: dict[tuple[int, int], list[Program]] = {}
     layers: dict[str, Layers] = {}
     for place, site in enumerate(space.sites):
         launched = [o for o in enumerate(space.options[place]) if _launches(site, o[1])]
-        seen = [given[group[0].module] for group in site.groups if group[0].module in given]
-        if not launched or site.has_experts or len(seen) < len(site.groups):
+        inputs = [given[group[0].module] for group in site.groups if group[0].module in given]
+        if not launched or site.has_experts or len(inputs) < len(site.groups):
             continue
         own = [
             Layers(group, original_operator(model, group, each, context.threads))
-            for group, each in zip(site.groups, seen, strict=True)
+            for group, each in zip(site.groups, inputs, strict=True)
         ]
         originals[place] = tuple(each.operator for each in own)
         for each in own:
             layers.setdefault(each.operator.key, each)
         for number, option in launched:
             candidates[place, number] = candidate_programs(
-                model, site, option, seen, context.threads, context.rank_multiple
+                model, site, option, inputs, context.threads, context.rank_multiple
             )
     structures = {
         place: signature(model.get_submodule(site.name), _given_below(space, site, given))
@@ -119,8 +127,30 @@ def plan_item(context: Context, item: RequestItem) -> ItemPlan:
         if site.choices and site.name in given
         for number, text in enumerate(space.texts[place][1:], 1)
     }
+    often = {
+        place: active[site.members[0].module]
+        for place, site in enumerate(space.sites)
+        if site.members and site.members[0].module in active
+    }
     constants, whole = _constants(space, given), signature(model)
-    return ItemPlan(item, originals, candidates, layers, structures, alternatives, constants, whole)
+    return ItemPlan(
+        item, originals, candidates, layers, structures, alternatives, constants, often, whole
+    )
+
+
+def observed(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
+    """What `observe` sees, and what modules of lists and those that hold the lists are given."""
+    lists = like_modules(model)
+    return observe(model, space, run, (*lists, *lists.values()))
+
+
+def shares_of(model: nn.Module, space: Space, sample: Batch) -> Shares:
+    """What listed experts are given of a batch's tokens; nothing is run where there is no list."""
+    lists = like_modules(model)
+    if not lists:
+        return {}
+    with torch.no_grad():
+        return expert_shares(lists, observed(model, space, lambda: call(model, sample)))
 
 
 def _constants(space: Space, given: dict[str, Given]) -> dict[tuple[int, int], Given]:

@@ -12,7 +12,7 @@ from apportion.cost_models.fingerprint import fingerprint as this_machine
 from apportion.cost_models.fitting import Fitted, fit_whole, implementation_names
 from apportion.cost_models.measured import ItemTimes, measure_item
 from apportion.cost_models.operators import model_dtype
-from apportion.cost_models.planning import Context, plan_item
+from apportion.cost_models.planning import Context, plan_item, shares_of
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.rows import Choice, choose
 from apportion.cost_models.sampling import Config
@@ -159,7 +159,8 @@ def make_context(
     """What the measuring of a device has in common."""
     size = resident_bytes(model)
     footprint = min(size, CACHE_MULTIPLE * int(device["cache_bytes"]))
-    return Context(model, space, sample, threads, rank_multiple, footprint, size, session)
+    shares = shares_of(model, space, sample)
+    return Context(model, space, sample, threads, rank_multiple, footprint, size, session, shares)
 
 
 def _profile(

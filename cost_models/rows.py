@@ -103,8 +103,8 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
     The neutral row of a structure site is what dropping it saves less what its sites take, that
     of `drop:mean` what adding its constant takes, that of a treatment what its program takes and
     the kept share of what is in the sub-block beside its layers; one that leaves experts out takes
-    what all of it takes. Those of a choice block are what its alternatives take more than the
-    fastest of them.
+    what all of it takes. A layer of a listed expert takes its time in the steps that run it. Those
+    of a choice block are what its alternatives take more than the fastest of them.
     """
     rows: list[list[tuple[float, float]]] = [
         [(0.0, 0.0)] * len(options) for options in space.options
@@ -149,7 +149,9 @@ def _operator_times(
     times: ItemTimes, choice: Choice, place: int, option: int
 ) -> tuple[float, float]:
     program = chosen_program(times, choice, place, option) or times.plan.originals[place]
-    return program_times(times, program)
+    mean, upper = program_times(times, program)
+    often = times.plan.active.get(place, 1.0)
+    return mean * often, upper * often
 
 
 def _structure_times(

@@ -97,12 +97,11 @@ def _like_expert(model: nn.Module, name: str, seen: Probe) -> Call | None:
     A routed expert that the batch does not reach is a layer like those that it reaches.
     """
     parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return None
-    before, after = ".".join(parts[: numbers[-1]]), ".".join(parts[numbers[-1] + 1 :])
-    items = model.get_submodule(before)
-    if not isinstance(items, nn.ModuleList) or f"{before}.{parts[numbers[-1]]}" in seen.called:
-        return None
-    likes = (f"{before}.{other}.{after}".removesuffix(".") for other, _ in items.named_children())
-    return next((seen.calls[like] for like in likes if like in seen.calls), None)
+    for place in (place for place, part in enumerate(parts) if part.isdigit()):
+        before, after = ".".join(parts[:place]), ".".join(parts[place + 1 :])
+        items = model.get_submodule(before)
+        if isinstance(items, nn.ModuleList) and f"{before}.{parts[place]}" not in seen.called:
+            others = (f"{before}.{other}" for other, _ in items.named_children())
+            likes = (f"{other}.{after}".removesuffix(".") for other in others)
+            return next((seen.calls[like] for like in likes if like in seen.calls), None)
+    return None

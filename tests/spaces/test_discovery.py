@@ -224,6 +224,17 @@ def test_discover_makes_sites_of_experts_that_are_not_reached():
     assert [*discovery.untreated] == ["spare"]
 
 
+def test_discover_makes_sites_of_layers_in_lists_inside_experts_that_are_not_reached():
+    model = nn.Module()
+    model.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)) for _ in range(3))
+    model.forward = lambda x: x + model.experts[1](x)
+    discovery = discover(model.eval(), torch.randn(2, 8))
+    names = [site.name for site in discovery.sites if not site.is_structure]
+    assert {*names} == {f"experts.{n}.{place}" for n in range(3) for place in range(2)}
+    assert discovery.unreached == {name for name in names if not name.startswith("experts.1")}
+    assert not discovery.untreated
+
+
 def test_discover_attention_of_torch_is_a_sub_block(found):
     discovery = found("vision")
     sites = {site.name: site for site in discovery.sites}
