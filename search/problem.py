@@ -32,6 +32,7 @@ class Problem:
             place; None: all that void do.
         count: [sites] number of real options; those behind it are padding.
         uniform: option text -> that option everywhere it is taken, no drops.
+        start: (origin, configuration) that every solver scores before all else, in this order.
     """
 
     loss: Floats
@@ -44,6 +45,7 @@ class Problem:
     count: NDArray[np.int64]
     uniform: Mapping[str, Config]
     removes: NDArray[np.bool_] | None = None
+    start: tuple[tuple[str, Config], ...] = ()
 
     @property
     def sites(self) -> int:

@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from apportion.files import write_whole
 from apportion.hashing import content_hash
-from apportion.search.problem import Problem
+from apportion.search.problem import Config, Problem
 from apportion.search.solver import Settings
 from apportion.search.solvers.exact import infeasibility
 from apportion.studies.cli.reports import spent
@@ -26,6 +27,7 @@ from apportion.studies.pricing import Prices
 from apportion.studies.spool import Spool
 from apportion.studies.stages import compress, discover, profile
 from apportion.studies.stages.search import Candidate, Progressed, Search, check_limits
+from apportion.studies.starts import start_configurations
 from apportion.workers.pool import InProcessPool, Pool
 from apportion.workers.spec import build_beside_others, build_evaluator
 
@@ -41,14 +43,17 @@ def drive(context: Context) -> None:
     """
     found = _discover(context)
     discover.check_unchanged(context, found)
-    profiled = context.stage("profile", lambda: profile.run(context))
+    discover.check_starts(found)
+    starts = found.get("start", ())
+    profiled = context.stage("profile", lambda: profile.run(context, starts))
     prices = profile.prices(context, profiled)
     _refuse_impossible(context, prices)
     context.record_change()
     compressed = context.stage("compress", lambda: compress.run(context, prices.space))
     if context.report() is None:
         compress.restore(context, prices.space, compressed["index"])
-        _rounds(context, prices, profiled, compressed["index"])
+        start = start_configurations(context, prices, starts, compressed)
+        _rounds(context, prices, profiled, compressed["index"], start)
     context.say("done", "")
 
 
@@ -67,7 +72,11 @@ def _refuse_impossible(context: Context, prices: Prices) -> None:
 
 
 def _rounds(
-    context: Context, prices: Prices, profiled: Output, index: dict[str, dict[str, str]]
+    context: Context,
+    prices: Prices,
+    profiled: Output,
+    index: dict[str, dict[str, str]],
+    start: tuple[tuple[str, Config], ...],
 ) -> None:
     """Search and confirm; a broken limit starts again at search with a tighter one."""
     tightening: dict[str, float] = {}
@@ -77,7 +86,7 @@ def _rounds(
         runner = Runner(context.store, context.lease, pool, spool, context.stop.is_set)
         runner.drain()
         for round in range(context.first_round, context.first_round + MOST_ROUNDS):
-            problem = prices.problem(context.spec.parsed_limits, tightening)
+            problem = replace(prices.problem(context.spec.parsed_limits, tightening), start=start)
             # Where nothing is left below the tightened limit, the last candidates are all there is.
             exhausted = bool(candidates) and infeasibility(problem) is not None
             if not exhausted:

@@ -66,6 +66,7 @@ tokens = {budget}         # budget: (configuration, token) pairs, loss table and
 offspring = 16             # candidates in a generation
 survivors = [2, 1]         # of each stage of a generation
 stages = [8, 64]           # windows that each stage scores on
+# start = ["found/4.0.txt"]    # scored first: EvoPress' files, apportion.json, or "owl" (sparsity)
 """  # noqa: E501 (one line for each key)
 
 TEXT_DATA = """\

@@ -12,7 +12,7 @@ from apportion.search.problem import Config
 from apportion.studies.context import Context, Output
 from apportion.studies.database.rows import Evaluation
 from apportion.studies.evaluations import Runner
-from apportion.studies.notes import notes_of
+from apportion.studies.notes import notes_of, start_notes
 from apportion.studies.points import by_size, option_of, point_of, uniform_of
 from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.stages import confirm
@@ -186,7 +186,11 @@ class Judging:
                 kind: {"value": value, "ratio": ratios} for kind, (value, ratios) in limits.items()
             },
             "broken": {} if self.final else broken,
-            "notes": [*notes, *notes_of(space, self.profiled, compressed)],
+            "notes": [
+                *notes,
+                *start_notes(self.candidates),
+                *notes_of(space, self.profiled, compressed),
+            ],
             "clustered_by": "document" if won.loss.by_document else "window",
         }
 

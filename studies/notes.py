@@ -1,10 +1,12 @@
 """What a report says beside its numbers: what got no credit, and what was done without data."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from apportion.spaces.space import Space
 from apportion.studies.context import Output
+from apportion.studies.stages.search import Candidate
+from apportion.studies.starts import STARTS
 
 
 def notes_of(space: Space, profiled: Output, compressed: Output) -> list[str]:
@@ -16,6 +18,16 @@ def notes_of(space: Space, profiled: Output, compressed: Output) -> list[str]:
         compressed: the compress stage's output.
     """
     return [*_unreached(compressed), *_without_credit(space, profiled)]
+
+
+def start_notes(candidates: Iterable[Candidate]) -> list[str]:
+    """What came of each start configuration, a line each: not all are on the front."""
+    return [
+        f"{c.origin} is trial {c.number}: search loss {c.loss:.3g}"
+        + ("" if c.feasible else ", outside of the limits")
+        for c in candidates
+        if c.origin.startswith(STARTS)
+    ]
 
 
 def _unreached(compressed: Output) -> list[str]:

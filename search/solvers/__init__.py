@@ -16,31 +16,33 @@ from apportion.search.solvers.greedy import greedy_strategy
 from apportion.search.solvers.hybrid import Hybrid
 from apportion.search.solvers.ladder import ilp_strategy
 from apportion.search.solvers.samplers import Sampling, nsga2, tpe
+from apportion.search.solvers.starting import begun
 from apportion.search.solvers.uniform import uniform_strategy
 
 
-def _memory(settings: Settings, answers: dict[str, Any]) -> Memory:
-    return Memory(answers, np.random.default_rng(np.random.SeedSequence(settings.seed)))
+def _memory(ledger: Ledger, answers: dict[str, Any]) -> Memory:
+    seed = ledger.settings.seed
+    return Memory(answers, np.random.default_rng(np.random.SeedSequence(seed)))
 
 
-SOLVERS: dict[str, Callable[[Problem, Settings, dict[str, Any]], Strategy]] = {
-    "hybrid": lambda problem, settings, answers: Hybrid(
-        Ledger(problem, settings), problem, Exact(problem, answers), _memory(settings, answers)
+SOLVERS: dict[str, Callable[[Ledger, dict[str, Any]], Strategy]] = {
+    "hybrid": lambda ledger, answers: Hybrid(
+        ledger, ledger.problem, Exact(ledger.problem, answers), _memory(ledger, answers)
     ).strategy(),
-    "ilp": lambda problem, settings, answers: ilp_strategy(
-        Ledger(problem, settings), problem, Exact(problem, answers)
+    "ilp": lambda ledger, answers: ilp_strategy(
+        ledger, ledger.problem, Exact(ledger.problem, answers)
     ),
-    "greedy": lambda problem, settings, _: greedy_strategy(Ledger(problem, settings), problem),
-    "evopress": lambda problem, settings, answers: evopress_strategy(
-        Ledger(problem, settings), problem, _memory(settings, answers)
+    "greedy": lambda ledger, _: greedy_strategy(ledger, ledger.problem),
+    "evopress": lambda ledger, answers: evopress_strategy(
+        ledger, ledger.problem, _memory(ledger, answers)
     ),
-    "optuna:nsga2": lambda problem, settings, answers: Sampling(
-        Ledger(problem, settings), problem, _memory(settings, answers), nsga2, costs=True
+    "optuna:nsga2": lambda ledger, answers: Sampling(
+        ledger, ledger.problem, _memory(ledger, answers), nsga2, costs=True
     ).strategy(),
-    "optuna:tpe": lambda problem, settings, answers: Sampling(
-        Ledger(problem, settings), problem, _memory(settings, answers), tpe, costs=False
+    "optuna:tpe": lambda ledger, answers: Sampling(
+        ledger, ledger.problem, _memory(ledger, answers), tpe, costs=False
     ).strategy(),
-    "uniform": lambda problem, settings, _: uniform_strategy(Ledger(problem, settings), problem),
+    "uniform": lambda ledger, _: uniform_strategy(ledger, ledger.problem),
 }
 
 
@@ -49,9 +51,11 @@ def make_solver(
 ) -> Solver:
     """The solver of that name; `state` is what an earlier one's `state()` returned.
 
+    All of them begin with the problem's start configurations.
     Raises InvalidInput for a name that is not known.
     """
     if name not in SOLVERS:
         raise InvalidInput(f'there is no solver "{name}"; known are {", ".join(SOLVERS)}')
     answers = dict(state or {})
-    return StrategySolver(SOLVERS[name](problem, settings, answers), answers)
+    ledger = Ledger(problem, settings)
+    return StrategySolver(begun(ledger, SOLVERS[name](ledger, answers)), answers)

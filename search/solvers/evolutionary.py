@@ -3,7 +3,7 @@
 A (1 + lambda) evolution: few flips, no crossover, selection in stages on fresh slices of growing
 length, the parent against its children in the last. Published for one budget and swaps that keep
 it; flips with repair in place of the swaps are ours, and so is the start from the best feasible
-uniform configuration.
+uniform configuration, or one that the user brings.
 """
 
 import numpy as np

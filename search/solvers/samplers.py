@@ -81,7 +81,8 @@ class Sampling:
         """Uniform configurations, then batch after batch of what the sampler suggests."""
         ledger, full = self._ledger, self._ledger.settings.full
         yield from uniform(ledger, self._problem, share=0.25, only_feasible=True)
-        for config in ledger.complete():
+        # What the sampler suggests is made feasible: a loss outside the limits would mislead it.
+        for config in filter(self._problem.feasible, ledger.complete()):
             self._add(Drawn(config, config, {}))
         batch = 0
         while ledger.affords(full.windows):

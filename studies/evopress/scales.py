@@ -17,7 +17,7 @@ class Scale(Protocol):
     """One kind of levels."""
 
     def options(self, member: Member) -> Mapping[str, str]:
-        """Level -> option of this member; no option twice."""
+        """Level -> option of this member; no option twice where levels are to be written."""
 
 
 @dataclass(frozen=True)

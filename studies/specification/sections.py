@@ -28,6 +28,8 @@ from apportion.studies.specification.references import (
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DEVICE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PARTS = ("calibration", "search", "heldout")
+OWL = "owl"
+"""What stands for OWL's allocation among the start configurations."""
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 DataReference = Annotated[str, AfterValidator(check_data)]
@@ -217,6 +219,8 @@ class SearchSection(Section):
     offspring: Count = 16
     survivors: Annotated[tuple[Count, ...], Field(min_length=1)] = (2, 1)
     stages: Annotated[tuple[Count, ...], Field(min_length=1)]
+    start: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    """Files of configurations, or `OWL`."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> "SearchSection":

@@ -78,6 +78,11 @@ def absolute_tables(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
             else device
             for name, device in devices.items()
         }
+    if files := _start_files(tables):
+        start = tables["search"]["start"]
+        paths = {name: references.absolute_path(name, folder) for name in files}
+        names = [start] if isinstance(start, str) else start
+        moved["search"] = moved["search"] | {"start": [paths.get(name, name) for name in names]}
     return moved
 
 
@@ -93,7 +98,20 @@ def missing_files(tables: dict[str, Any]) -> list[str]:
         file = device.get("file") if isinstance(device, dict) else None
         if isinstance(file, str) and not Path(file).is_file():
             problems.append(f"devices.{name}.file: no file {file}")
+    for file in _start_files(tables):
+        if Path(file).is_dir():
+            problems.append(f"search.start: {file} is a folder; name the file in it")
+        elif not Path(file).is_file():
+            problems.append(f"search.start: no file {file}")
     return problems
+
+
+def _start_files(tables: dict[str, Any]) -> list[str]:
+    """The files among the start configurations."""
+    search = tables.get("search")
+    start = search.get("start") if isinstance(search, dict) else None
+    names = [start] if isinstance(start, str) else start if isinstance(start, list) else []
+    return [name for name in names if isinstance(name, str) and name != sections.OWL]
 
 
 def _reference_places(tables: dict[str, Any]) -> list[tuple[str, str]]:

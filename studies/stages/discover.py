@@ -5,6 +5,7 @@ from collections import Counter
 from apportion.errors import InvalidInput
 from apportion.spaces.space import Space
 from apportion.studies.context import Context, Output
+from apportion.studies.starts import changed_file, read_starts
 from apportion.workers.samples import PARTS, check_disjoint
 
 AGAIN = "submit it under another name, what is still valid is reused"
@@ -18,7 +19,8 @@ def run(context: Context) -> Output:
     """The stage's output: what must be the same when the study is resumed.
 
     Raises:
-        InvalidInput: parts of the data share documents, or no site has a choice.
+        InvalidInput: parts of the data share documents, no site has a choice, or a start
+            configuration is not of the space.
     """
     samples = {part: context.samples(part) for part in PARTS}
     check_disjoint(samples)
@@ -27,6 +29,7 @@ def run(context: Context) -> Output:
     for found in samples.values():
         if found.note:
             context.display.warning(found.note)
+    starts = read_starts(context.spec, context.setting)
     return {
         "model": {"source": context.opened.source, "revision": context.opened.revision},
         "data": {part: found.hash for part, found in samples.items()},
@@ -34,6 +37,7 @@ def run(context: Context) -> Output:
         "objective": context.setting.objective.hash,
         "numerics": context.numerics,
         "space": _texts(space),
+        **({"start": starts} if starts else {}),
     }
 
 
@@ -80,6 +84,19 @@ def check_unchanged(context: Context, output: Output) -> None:
         )
     if output["space"] != _texts(context.setting.space):
         raise Changed(f"refused: the model's sites or options are found differently; {AGAIN}")
+
+
+def check_starts(output: Output) -> None:
+    """Refuse to resume where a file of a start configuration says something else by now.
+
+    What it said is kept, so it may be gone, and only a search needs it.
+
+    Raises:
+        Changed: names the file.
+    """
+    file = changed_file(output.get("start", ()))
+    if file is not None:
+        raise Changed(f"refused: search.start: {file} has changed since the study began; {AGAIN}")
 
 
 def _texts(space: Space) -> dict[str, list[str]]:

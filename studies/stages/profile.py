@@ -1,5 +1,6 @@
 """Profile: what every option costs, in bytes and in milliseconds measured on each device."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from apportion.studies.context import RANK_MULTIPLE, Context, Output, worker_spe
 from apportion.studies.evaluations import Stopped
 from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.specification.sections import Device
+from apportion.studies.starts import Start, without_starts
 from apportion.workers.device_lock import processor_lock
 from apportion.workers.device_timing import fingerprint_on, run_timing_on
 from apportion.workers.timing import Send, run_timing
 
 
-def run(context: Context) -> Output:
-    """Measure every device; strike options that gain nothing on any.
+def run(context: Context, starts: Sequence[Start] = ()) -> Output:
+    """Measure every device; strike options that gain nothing on any and are in none of `starts`.
 
     Raises:
         InvalidInput: a recorded device lacks a measurement, or the model cannot do the request.
@@ -33,9 +35,10 @@ def run(context: Context) -> Output:
     space = context.setting.space
     profiles = {name: _profile(context, name, d) for name, d in context.spec.devices.items()}
     static = weight_bytes(context.model, space, RANK_MULTIPLE)
+    found = struck(space, static, list(profiles.values()))
     return {
         "profiles": {name: profile.to_json() for name, profile in profiles.items()},
-        "struck": struck(space, static, list(profiles.values())),
+        "struck": without_starts(found, starts),
     }
 
 

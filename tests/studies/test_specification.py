@@ -112,6 +112,9 @@ MALFORMED = {
     "small budget": (LEAST + "[search]\ntokens = 5\n", "search.tokens: 5 is less than one"),
     "stages": (LEAST + "[search]\nstages = [8, 4]\n", "search.stages: must not fall"),
     "survivors": (LEAST + "[search]\nsurvivors = [2, 2]\n", "search.survivors: the last must be 1"),
+    "start": (LEAST + '[search]\nstart = ["owl", "no.txt"]\n', "search.start: no file /"),
+    "start folder": (LEAST + '[search]\nstart = "corpus"\n', "is a folder; name the file in it"),
+    "start of another kind": (LEAST + "[search]\nstart = [3]\n", "search.start: must be a text"),
     "syntax": (LEAST + "seed =\n", "line 7, column 7: invalid value"),
     "no end of text": ('[model]\nsource = "hf:x', "end of document: "),
     "table twice": (LEAST + MODEL, "line 7, column 7: cannot declare [model] twice"),
@@ -182,6 +185,16 @@ def test_load_paths_become_absolute(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert spec.model.source == f"hf:{folder}/weights"
     assert spec.data.source == f"text:{folder}/corpus"
     assert spec.objective.loss == f"python:{folder}/model.py:build"
+
+
+def test_start_files_become_absolute_and_owl_stays(folder: Path) -> None:
+    (folder / "4.txt").write_text("layer: 4\n")
+    (folder / "study.toml").write_text(LEAST + '[search]\nstart = ["owl", "4.txt"]\n')
+    spec = load(folder / "study.toml")
+    assert spec.search.start == ("owl", f"{folder}/4.txt")
+    assert StudySpec(**spec.to_json()).absolute(Path("/elsewhere")) == spec
+    (folder / "study.toml").write_text(LEAST + '[search]\nstart = "4.txt"\n')
+    assert load(folder / "study.toml").search.start == (f"{folder}/4.txt",)
 
 
 def test_spec_survives_json_and_keeps_its_hash(folder: Path) -> None:
