@@ -9,12 +9,16 @@ from torch import Tensor
 from apportion.kernels.formats import DTYPES, Format, LayerShape, StoredWeight, layout
 from apportion.kernels.packing import pack_mask
 from apportion.kernels.positions import pack_positions
+from apportion.kernels.reference import ACTIVATION_LEVELS
 from apportion.spaces.compressors.sparsify import removed_count
 from apportion.spaces.grammar import Option
 from apportion.spaces.parts import first_units, parts
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DROP_MEAN, Space
 from apportion.spaces.stored import Stored, StoredSite
+
+TIMED_RANGE = 4.0
+"""Of the activations that are timed: they are normal."""
 
 
 def nonzeros_of(option: Option, shape: LayerShape) -> int | None:
@@ -48,6 +52,8 @@ def random_stored(
         elif name == "scale":
             level = size / 2 ** ((format.bits or 8) - 1)
             tensors[name] = (level * (0.5 + torch.rand(dims, generator=generator))).to(dtype)
+        elif name == "activation_scale":
+            tensors[name] = torch.full(dims, TIMED_RANGE / ACTIVATION_LEVELS, dtype=dtype)
         elif name == "input_scale":
             tensors[name] = (0.5 + torch.rand(dims, generator=generator)).to(dtype)
         else:
@@ -77,6 +83,6 @@ def random_weights(space: Space, dtype: str, rank_multiple: int) -> Stored:
             )
             for number, (format, shape) in enumerate(layers)
         ]
-        return StoredSite(tuple(weights), first_units(site, option))
+        return StoredSite(tuple(weights), first_units(site, option, rank_multiple))
 
     return stored

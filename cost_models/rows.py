@@ -165,9 +165,9 @@ def _structure_times(
     rows = [(own, own), *((taken, taken) for taken in sums)]
     for number, option in enumerate(options):
         program = chosen_program(times, choice, place, number)
-        if site.width is not None and program is not None:
+        if program is not None:
             mean, upper = program_times(times, program)
-            left = beside * kept_share(site.width, option)
+            left = beside * kept_share(site, option)
             rows[number] = (mean + left, upper + left)
     return rows
 

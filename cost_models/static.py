@@ -18,7 +18,7 @@ from apportion.spaces.choice import unchosen
 from apportion.spaces.compressors.compose import RANK_MULTIPLE
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import unit_vectors
-from apportion.spaces.parts import first_units, part_shapes, parts
+from apportion.spaces.parts import first_units, part_shapes, parts, treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP_MEAN, KEEP, Space
 
@@ -42,7 +42,7 @@ def weight_bytes(model: nn.Module, space: Space, rank_multiple: int = RANK_MULTI
         [_site_bytes(site, option, dtype, rank_multiple) for option in options]
         for site, options in zip(space.sites, space.options, strict=True)
     ]
-    base = _add_remainder(model, space, rows, dict(_written(model)))
+    base = _add_remainder(model, space, rows, dict(_written(model)), rank_multiple)
     return StaticCost(padded(rows), base)
 
 
@@ -97,10 +97,10 @@ def resident_cost(
         if option.is_structure and not option.narrows:
             return _constant_bytes(site, option, dtype)
         if str(option) == DENSE or site.written_back or site.has_experts:
-            shapes = (shape for part in part_shapes(site, option) for shape in part)
+            shapes = (s for part in part_shapes(site, option, rank_multiple) for s in part)
             return float(sum(shape.weights for shape in shapes) * DTYPES[dtype].itemsize)
         name = implementations[site.name][str(option)]
-        key = (name, str(option), part_shapes(site, option))
+        key = (name, str(option), part_shapes(site, option, rank_multiple))
         if key not in held:
             weights = iter(stored(site, option).weights)
             built = [
@@ -115,7 +115,8 @@ def resident_cost(
         for site, options in zip(space.sites, space.options, strict=True)
     ]
     everything = {name: t for name, t in model.named_buffers()}
-    base = _add_remainder(model, space, rows, dict(_written(model)) | _distinct(everything))
+    tensors = dict(_written(model)) | _distinct(everything)
+    base = _add_remainder(model, space, rows, tensors, rank_multiple)
     return StaticCost(padded(rows), base)
 
 
@@ -199,7 +200,11 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _add_remainder(
-    model: nn.Module, space: Space, rows: list[list[float]], tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    space: Space,
+    rows: list[list[float]],
+    tensors: Mapping[str, Tensor],
+    rank_multiple: int,
 ) -> float:
     """Add all that no weight site holds to the `keep` around it, or to the alternatives that it is
     stored with; returns what nothing is around."""
@@ -219,22 +224,23 @@ def _add_remainder(
             for number in _options_holding(space, place, name):
                 rows[place][number] += size
         for place in around:
-            for number, kept in _kept_sizes(model, space, place, name, size):
+            for number, kept in _kept_sizes(model, space, place, name, size, rank_multiple):
                 rows[place][number] += kept
     return base
 
 
 def _kept_sizes(
-    model: nn.Module, space: Space, place: int, name: str, size: int
+    model: nn.Module, space: Space, place: int, name: str, size: int, rank_multiple: int
 ) -> Iterator[tuple[int, int]]:
     """(treatment, bytes of a tensor under it) of a structure site; weights are not among them."""
     site = space.sites[place]
     weights = {member.parameter_path for group in site.groups for member in group}
     for number, option in enumerate(space.options[place]):
-        units = first_units(site, option)
-        if site.width is None or units is None or name in weights:
+        units = first_units(site, option, rank_multiple)
+        width = treated_site(site, option).width
+        if width is None or units is None or name in weights:
             continue
-        narrow = unit_vectors(model, site.width, units).get(name)
+        narrow = unit_vectors(model, width, units).get(name)
         yield number, size if narrow is None else narrow.nbytes
 
 

@@ -8,6 +8,7 @@ The tensors of a `StoredWeight` for a matrix [out, in], by format:
 | sparse | `mask` uint8 [ceil(out * in / 8)], `values` [nonzeros] in `dtype`, row by row |
 | integers | `codes` uint8 [ceil(n * bits / 8)], of ternary [ceil(n / 5)], n = out * in (when sparse: the nonzeros, and `mask`), `scale` bfloat16 [out, groups], `zero` bfloat16 [out, groups] unless symmetric |
 | scaled inputs, with integers but not with integer activations | `input_scale` bfloat16 [in], which the inputs are multiplied by before they meet the codes |
+| static activations, with integer activations | `activation_scale` float32 [1], the one scale of all inputs; 0: calibration saw none but zeros, and each token has its own |
 | outliers, with integers below 8 bits | `outlier_values` bfloat16 [n], row by row, in place of what their codes stand for; `outlier_places` uint8 [n] and `outlier_counts` uint8 [ceil((n + ceil(out * in / 256)) / 8)], where they stand (`kernels.positions`) |
 | low rank | `left` [out, rank] and `right` [rank, in] in `dtype` |
 | Tucker-2, of a convolution | `left` [out, rank], `core` [rank, input_rank * kernel positions] and `right` [input_rank, channels] in `dtype` |
@@ -37,7 +38,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
-LATER_FIELDS = ("input_rank", "outliers", "input_scaled")
+LATER_FIELDS = ("input_rank", "outliers", "input_scaled", "static_activations")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Format:
         bits: Bits per integer code, one of `CODE_BITS` (1.58: ternary); None: no integers.
         group: Inputs that share a scale; None: one scale per output row.
         symmetric: Codes have no zero; ternary ones never have.
-        activation_bits: 8: inputs are quantized per token; None: they are not.
+        activation_bits: 8: inputs are quantized, per token if not static; None: they are not.
         sparse: Only the nonzeros are stored, with a mask.
         rank: Inner dimension of a low-rank pair that stands for the matrix; None: no pair.
         residual_rank: Inner dimension of a pair that is added to the rest; None: no residual.
@@ -94,6 +95,7 @@ class Format:
             are `rank`; None: no such form.
         outliers: How many weights are kept in bfloat16 and not as codes; None: none.
         input_scaled: Inputs are multiplied by scales of their own before they meet the codes.
+        static_activations: Integer activations have one scale, which calibration has fixed.
 
     Raises:
         InvalidInput: If the parts do not fit each other.
@@ -110,6 +112,7 @@ class Format:
     input_rank: int | None = None
     outliers: int | None = None
     input_scaled: bool = False
+    static_activations: bool = False
 
     def __post_init__(self) -> None:
         if reason := _contradiction(self):
@@ -202,6 +205,7 @@ def layout(
         scales = (torch.bfloat16, (out, format.groups(inputs)))
         tensors |= {"scale": scales} if format.symmetric else {"scale": scales, "zero": scales}
         tensors |= {"input_scale": (torch.bfloat16, (inputs,))} if format.input_scaled else {}
+        tensors |= {"activation_scale": (torch.float32, (1,))} if format.static_activations else {}
     elif format.sparse:
         tensors["values"] = (dtype, (entries,))
     else:
@@ -252,6 +256,8 @@ def _contradiction(format: Format) -> str | None:
         return "ternary codes have no zero: they are symmetric"
     if format.group is not None and format.group < 1:
         return f"group {format.group} is not positive"
+    if format.static_activations and format.activation_bits is None:
+        return "a static scale of the activations needs integer activations"
     if format.activation_bits is not None:
         exact = format.activation_bits == 8 and format.bits == 8 and format.symmetric
         if not exact or format.group is not None or format.sparse or format.residual_rank:

@@ -1,19 +1,21 @@
 """Integer weights that stay integers while they run, on torch's CPU operators."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from apportion.errors import InvalidInput
 from apportion.kernels.dense_linear import refuses_convolutions
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.kernels.group import joined_bias
 from apportion.kernels.reference import (
     ACTIVATION_LEVELS,
-    ReferenceLayer,
-    reference_weight,
+    activation_scale,
+    reference_layer,
     weight_codes,
 )
 
@@ -27,6 +29,13 @@ VNNI = ("avx512_vnni", "avx_vnni")
 # Added to a small float32, the sum is rounded to a whole number (ties to even) that stands in its
 # lowest bits; with the zero point on top, the lowest byte is the unsigned code.
 TO_LOW_BYTE = 1.5 * 2**23 + ZERO_POINT
+# Of floats above zero larger ones have larger bits, and of those below zero all bits are negative
+# integers: so a range can be kept on the bits, where it costs less.
+LEAST_BITS, MOST_BITS = (
+    torch.tensor([TO_LOW_BYTE - ACTIVATION_LEVELS, TO_LOW_BYTE + ACTIVATION_LEVELS])
+    .view(torch.int32)
+    .tolist()
+)
 
 
 class Int4Linear(nn.Module):
@@ -98,12 +107,17 @@ class Int8ActivationLinear(nn.Module):
         self.register_buffer("bias", joined_bias(biases, self.sizes))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        codes, token_scale = unsigned_tokens(x.reshape(-1, x.shape[-1]).float().contiguous())
-        y = torch.ops.onednn.qlinear_pointwise.default(
-            codes, 1.0, ZERO_POINT, self.packed, self.scale, self.zero, None,
-            1.0, 0, torch.float32, "none", [], "",
-        ).mul_(token_scale)  # fmt: skip
+        codes, token_scale = unsigned_tokens(_float32_rows(x))
+        y = self._product(codes, 1.0).mul_(token_scale)
         return _parts(y, self.bias, x, self.sizes)
+
+    def _product(self, codes: Tensor, scale: float) -> Tensor:
+        """Unsigned codes [tokens, in] of one scale -> float32 [tokens, all outputs]."""
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+            codes, scale, ZERO_POINT, self.packed, self.scale, self.zero, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # torch cannot deep-copy oneDNN's layout, but it can clone it.
@@ -112,6 +126,51 @@ class Int8ActivationLinear(nn.Module):
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+class StaticInt8ActivationLinear(Int8ActivationLinear):
+    """x [..., in] -> one [..., out] per member: int8 by int8, activations by one fixed scale."""
+
+    def __init__(
+        self, weights: Sequence[StoredWeight], biases: Sequence[Tensor | None], scale: float
+    ) -> None:
+        super().__init__(weights, biases)
+        self.activation_scale = scale
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        rows = _float32_rows(x)
+        y = self._product(unsigned_codes(rows, self.activation_scale), self.activation_scale)
+        # Codes keep nothing of a NaN. A sum is finite wherever all of it is, unless it is huge.
+        if not math.isfinite(rows.sum()):
+            y.masked_fill_(~rows.isfinite().all(-1, keepdim=True), torch.nan)
+        return _parts(y, self.bias, x, self.sizes)
+
+
+def int8_activation_linear(
+    weights: Sequence[StoredWeight], biases: Sequence[Tensor | None]
+) -> Int8ActivationLinear:
+    """The operator with int8 activations: with the members' fixed scale, or with one per token.
+
+    Raises:
+        InvalidInput: The members' scales differ, though they share their input.
+    """
+    found = [activation_scale(weight) for weight in weights]
+    scales = {None if scale is None else float(scale) for scale in found}
+    if len(scales) != 1:
+        raise InvalidInput("int8.onednn: the layers of a group have one scale of their input")
+    (scale,) = scales
+    if scale is None:
+        return Int8ActivationLinear(weights, biases)
+    return StaticInt8ActivationLinear(weights, biases, scale)
+
+
+def unsigned_codes(x: Tensor, scale: float) -> Tensor:
+    """`quantize_by` of float32 [tokens, in], as uint8 codes with zero point 128.
+
+    Codes of what is not finite are arbitrary.
+    """
+    bits = x.div(scale).add_(TO_LOW_BYTE).view(torch.int32)
+    return bits.clamp_(LEAST_BITS, MOST_BITS).to(torch.uint8)
 
 
 def unsigned_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,10 +233,8 @@ class ReferenceInt8(nn.Module):
 
     def __init__(self, weights: Sequence[StoredWeight], biases: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            ReferenceLayer(reference_weight(weight), bias, weight.format, weight.shape)
-            for weight, bias in zip(weights, biases, strict=True)
-        )
+        pairs = zip(weights, biases, strict=True)
+        self.layers = nn.ModuleList(reference_layer(weight, bias) for weight, bias in pairs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in self.layers)
@@ -210,6 +267,10 @@ def _bfloat16(bias: Tensor | None) -> Tensor | None:
 
 def _bfloat16_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+
+
+def _float32_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float().contiguous()
 
 
 def _parts(y: Tensor, bias: Tensor | None, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -63,21 +63,62 @@ def quantize_tokens(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, T
     return (x / scale).round(), scale
 
 
+def quantize_by(x: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric int8 by a given scale: whole numbers in [-127, 127], the nearest beyond them.
+
+    Args:
+        x: Activations, any floating dtype.
+        scale: float32 [1], above 0.
+
+    Returns:
+        Whole numbers in float32, of the shape of x; NaN where x is not finite.
+    """
+    x = x.float()
+    codes = (x / scale).round().clamp(-ACTIVATION_LEVELS, ACTIVATION_LEVELS)
+    return codes.masked_fill(~x.isfinite(), torch.nan)
+
+
+def activation_scale(stored: StoredWeight) -> Tensor | None:
+    """The one scale of all inputs, float32 [1]; None: each token has its own, or none is needed.
+
+    A stored 0 says that calibration saw no input but zeros: then each token has its own.
+    """
+    if not stored.format.static_activations:
+        return None
+    scale = stored.tensors["activation_scale"]
+    return scale if bool(scale > 0) else None
+
+
 class ReferenceLayer(nn.Module):
     """One layer by its definition.
 
     Computes in `format.dtype` and returns the dtype of its input. With integer activations: int8
-    per token (of a convolution: per image), exact sums, then float32 scales and bias.
+    by the given scale or per token (of a convolution: per image), exact sums, then float32 scales
+    and bias.
     """
 
     weight: Tensor
     scale: Tensor
+    activation_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, format: Format, shape: LayerShape
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        format: Format,
+        shape: LayerShape,
+        activation_scale: Tensor | None = None,
     ) -> None:
-        """Takes the dense weight, float32 [out, in], and the bias [out] or None."""
+        """Takes the dense weight, float32 [out, in], and the bias [out] or None.
+
+        Args:
+            weight: What the stored weight stands for.
+            bias: Is added at the end.
+            format: How the weight is stored.
+            shape: The layer.
+            activation_scale: float32 [1], of integer activations; None: each token has its own.
+        """
         super().__init__()
         self.conv = shape.conv
         self.integer = format.activation_bits is not None
@@ -85,6 +126,7 @@ class ReferenceLayer(nn.Module):
         weight, scale = integer_rows(weight) if self.integer else (weight.detach(), None)
         self.register_buffer("weight", as_kernel(weight.to(dtype), self.conv))
         self.register_buffer("scale", scale)
+        self.register_buffer("activation_scale", activation_scale)
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,12 +136,21 @@ class ReferenceLayer(nn.Module):
         return apply_weight(x.to(self.weight.dtype), self.weight, self.bias, self.conv).to(x.dtype)
 
     def _integer_forward(self, x: Tensor) -> Tensor:
-        codes, token_scale = quantize_tokens(x, (-1,) if self.conv is None else (-3, -2, -1))
+        if self.activation_scale is not None:
+            codes, scale = quantize_by(x, self.activation_scale), self.activation_scale
+        else:
+            codes, scale = quantize_tokens(x, (-1,) if self.conv is None else (-3, -2, -1))
         trailing = () if self.conv is None else (1, 1)
-        y = exact_sums(codes, self.weight, self.conv) * self.scale.view(-1, *trailing) * token_scale
+        y = exact_sums(codes, self.weight, self.conv) * self.scale.view(-1, *trailing) * scale
         if self.bias is not None:
             y = y + self.bias.view(-1, *trailing)
         return y.to(x.dtype)
+
+
+def reference_layer(stored: StoredWeight, bias: Tensor | None) -> ReferenceLayer:
+    """A stored weight with its bias [out] or None as a layer, by its definition."""
+    scale = activation_scale(stored)
+    return ReferenceLayer(reference_weight(stored), bias, stored.format, stored.shape, scale)
 
 
 def integer_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

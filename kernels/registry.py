@@ -85,7 +85,7 @@ def _integer() -> list[Implementation]:
         Implementation("int4pack.bf16", integer.refuses_int4, input_scaled(integer.Int4Linear)),
         Implementation("int8pack.bf16", integer.refuses_int8, input_scaled(integer.Int8Linear)),
         Implementation(
-            "int8.onednn", integer.refuses_int8_activations, integer.Int8ActivationLinear
+            "int8.onednn", integer.refuses_int8_activations, integer.int8_activation_linear
         ),
         Implementation("int8.reference", integer.refuses_reference_int8, integer.ReferenceInt8),
     ]

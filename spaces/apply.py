@@ -16,6 +16,8 @@ from apportion.kernels.registry import implementation
 from apportion.spaces.choice import OPERATION, choice_at
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
+from apportion.spaces.padding import pad_heads
+from apportion.spaces.parts import treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP_MEAN, Space
 from apportion.spaces.stored import Stored, StoredSite
@@ -138,17 +140,20 @@ def treat(
 ) -> None:
     """Put a narrower sub-block with packed operators in the place of a sub-block, in place.
 
+    The site's width is what the option leaves less of (`parts.treated_site`).
     What is left of experts is written back; all else needs an implementation.
     """
     if stored.kept is None:
         raise ApportionError(f"what is stored of {site.name} does not say which units it keeps")
-    model.set_submodule(site.name, narrowed_copy(model, site, stored.kept))
+    narrow = narrowed_copy(model, site, stored.kept, stored.biases)
+    model.set_submodule(site.name, narrow)
     if site.width is not None and site.has_experts:
         write_back(model, site.width.members(len(stored.kept)), stored.weights)
-    elif implementation_name is None:
+    elif site.width is None or implementation_name is None:
         raise ApportionError(f"nothing serves what is stored of {site.name}")
     else:
         install_groups(model, site.groups, stored.weights, implementation_name)
+        pad_heads(model, site.width, len(stored.kept))
 
 
 def chosen_alternatives(space: Space, configuration: Mapping[str, str]) -> dict[str, str]:
@@ -191,7 +196,7 @@ def apply(
             continue
         if option.narrows:
             operator = None if site.has_experts else implementations[site.name][text]
-            treat(model, site, stored(site, option), operator)
+            treat(model, treated_site(site, option), stored(site, option), operator)
         elif site.is_structure:
             continue
         elif site.written_back:

@@ -25,6 +25,7 @@ from apportion.spaces.apply import WRITTEN_BACK, chosen_alternatives, constant_o
 from apportion.spaces.choice import unchosen
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
+from apportion.spaces.parts import treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, Space
 from apportion.spaces.stored import Stored, StoredSite
@@ -54,7 +55,7 @@ def remainder(model: nn.Module, plan: Plan, packed: Sequence["Packed"]) -> dict[
     for each in packed:
         if each.stored.kept is not None:
             gone.append(each.site.name + ".")
-            narrow = narrowed_copy(model, each.site, each.stored.kept)
+            narrow = narrowed_copy(model, each.site, each.stored.kept, each.stored.biases)
             named = {f"{each.site.name}.{name}": t for name, t in narrow.state_dict().items()}
             kept |= {n: t.contiguous() for n, t in named.items() if n not in weights}
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -77,7 +78,7 @@ def _dropped(plan: Plan) -> list[tuple[Site, Option]]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A site whose weights are packed, and what runs them."""
+    """A site (of a treatment `parts.treated_site`) whose weights are packed, and what runs them."""
 
     site: Site
     option: str
@@ -126,7 +127,7 @@ def _packed_sites(plan: Plan) -> list[Packed]:
             continue
         in_place = site.written_back or site.has_experts
         name = WRITTEN_BACK if in_place else plan.implementations[site.name][text]
-        packed.append(Packed(site, text, plan.stored(site, option), name))
+        packed.append(Packed(treated_site(site, option), text, plan.stored(site, option), name))
     return packed
 
 

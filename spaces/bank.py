@@ -19,7 +19,7 @@ from apportion.spaces.stored import StoredSite
 # Part of every entry's name: raise it when a compressor gives other numbers than before
 # (tests/spaces/test_bank.py holds a golden entry that notices).
 COMPRESSOR_VERSION = 3
-HASH, CONSTANT = "tensors", "constant"
+HASH, CONSTANT, BIASES = "tensors", "constant", "biases"
 
 
 class NotFetched(ApportionError):
@@ -44,8 +44,9 @@ class Bank:
     An entry holds the packed tensors of all members of a site, named `MEMBER.TENSOR`, and in its
     header the members' formats and shapes, and the hash of their tensors, which every read checks.
     (Entries that were written before there was one are read as they are.) Of a treatment the header
-    is {"members": those, "kept": numbers of the units that stay}; of a constant, whose tensor is
-    named so, {"members": [], "constant": its hash}.
+    is {"members": those, "kept": numbers of the units that stay}, and where biases are stored too,
+    as tensors `biases.MEMBER`, "biases": their hash; of a constant, whose tensor is named so,
+    {"members": [], "constant": its hash}.
     """
 
     def __init__(
@@ -97,6 +98,10 @@ class Bank:
         if stored.constant is not None:
             tensors[CONSTANT] = stored.constant.contiguous()
             more[CONSTANT] = tensors_hash({CONSTANT: stored.constant})
+        biases = {f"{n}": b.contiguous() for n, b in enumerate(stored.biases) if b is not None}
+        if stored.biases:
+            tensors |= {f"{BIASES}.{place}": bias for place, bias in biases.items()}
+            more[BIASES] = tensors_hash(biases)
         # one key: safetensors writes several in any order, and equal entries are equal files
         told = {"members": header, **more} if more else header
         content = save(tensors, metadata={"members": json.dumps(told)})
@@ -132,7 +137,8 @@ class Bank:
             header, kept = more["members"], more.get("kept")
             weights = [_member(place, header[place], tensors) for place in range(len(header))]
             constant = _constant(more[CONSTANT], tensors) if CONSTANT in more else None
-            return StoredSite(tuple(weights), kept and tuple(map(int, kept)), constant)
+            biases = _biases(len(header), more[BIASES], tensors) if BIASES in more else ()
+            return StoredSite(tuple(weights), kept and tuple(map(int, kept)), constant, biases)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
 
@@ -145,6 +151,14 @@ def _member(place: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return StoredWeight(
         Format.from_json(header["format"]), LayerShape.from_json(header["shape"]), own
     )
+
+
+def _biases(count: int, expected: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    prefix = f"{BIASES}."
+    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if tensors_hash(own) != expected:
+        raise ValueError("its numbers are not those that were written: the disk is faulty")
+    return tuple(own.get(f"{place}") for place in range(count))
 
 
 def _constant(expected: str, tensors: Mapping[str, Tensor]) -> Tensor:

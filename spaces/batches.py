@@ -1,6 +1,6 @@
 """Batches: what one call of a model takes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor] | tuple[Tensor, ...] | Tensor
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
+def call(model: Callable[..., Any], batch: Batch) -> Any:
     """Run the model on a batch: a dict as keywords, a tuple as arguments, a tensor alone."""
     if isinstance(batch, dict):
         return model(**batch)

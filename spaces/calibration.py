@@ -59,6 +59,8 @@ def _add(rows: Tensor, seen: InputStatistics) -> None:
     # Adding float32 to float64 makes a float64 copy: of a slice, it is small.
     for first in range(0, len(product), SLICE):
         seen.second_moment[first : first + SLICE] += product[first : first + SLICE]
+    if seen.peak is not None and len(rows):
+        torch.maximum(seen.peak, torch.linalg.vector_norm(rows, torch.inf, 0), out=seen.peak)
     seen.tokens += rows.shape[0]
 
 
@@ -92,7 +94,8 @@ def seen_in_products(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
 
 
 def _nothing(inputs: int) -> InputStatistics:
-    return InputStatistics(torch.zeros(inputs, inputs, dtype=torch.float64), 0)
+    moment = torch.zeros(inputs, inputs, dtype=torch.float64)
+    return InputStatistics(moment, 0, torch.zeros(inputs, dtype=torch.float32))
 
 
 @contextmanager
@@ -104,7 +107,7 @@ def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[str, Input
     convolution is no single matrix.
 
     Gives, for each of the others by `Site.input_names`, the float64 sum `[in, in]` of its float32
-    products: zeros where no token came by.
+    products and the largest value `[in]` of each input: zeros where no token came by.
 
     Raises:
         InvalidInput: at the end, inputs that are not finite.
@@ -139,7 +142,7 @@ def collect(
     progress: Callable[[int], None] = lambda done: None,
     added: Iterable[Site] = (),
 ) -> Sums:
-    """Second moments of each weight site's input, all at once, summed in float64.
+    """Second moments, summed in float64, and peaks of each weight site's input, all at once.
 
     Args:
         model: the dense model.

@@ -8,7 +8,7 @@ distances; whoever uses a coupling proves it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,8 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
 def couplings(module: nn.Module, groups: Groups, flow: Flow) -> Iterator[Width | str]:
     """The widths that a sub-block may have, to be proven, or why layers that are coupled give none.
 
+    A width of one unit is none: nothing of it can be left out.
+
     Args:
         module: the sub-block.
         groups: its weights by shared input, with paths below it.
@@ -147,16 +149,22 @@ def couplings(module: nn.Module, groups: Groups, flow: Flow) -> Iterator[Width |
     }
     for givers, takers in _joined(sources):
         units, parts = _units(flow, givers, takers)
-        if units == 1:
-            names, verb = " and ".join(sorted(givers)), "gives" if len(givers) == 1 else "give"
-            yield (
-                f"nothing of what {names} {verb} can be left out: all of it depends on all of it "
-                "(one head, one key-value head, a norm over it), or lies at unlike distances"
-            )
-        elif both := sorted(givers & takers):
+        both = sorted(givers & takers)
+        if both and units > 1:
             yield f"{both[0]} both gives and takes the same units"
+        elif both:
+            yield undivided(givers)
         else:
             yield _width(module, groups, flow, takers, units, parts)
+
+
+def undivided(givers: Collection[str]) -> str:
+    """That what some layers give is one unit."""
+    names, verb = " and ".join(sorted(givers)), "gives" if len(givers) == 1 else "give"
+    return (
+        f"nothing of what {names} {verb} can be left out: all of it depends on all of it "
+        "(one head, one key-value head, a norm over it), or lies at unlike distances"
+    )
 
 
 def _joined(sources: Mapping[str, set[str]]) -> list[tuple[set[str], set[str]]]:

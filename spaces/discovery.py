@@ -17,7 +17,7 @@ from apportion.spaces.layers import Layer, find_layers, owners_of
 from apportion.spaces.probing import Call, probe
 from apportion.spaces.sites import Member, Site, group_name
 from apportion.spaces.uses import Views, known_views, routers, watched_views
-from apportion.spaces.widths import find_widths
+from apportion.spaces.widths import find_widths, parted
 
 ATTENTION_WORDS = ("attn", "attention")
 MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward")
@@ -36,12 +36,15 @@ class Discovery:
         unreached: names of the sites whose layers the batch does not reach (routed experts).
         untreated: path of a layer, parameter or choice block that is no site -> the reason.
         fixed_widths: name of a structure site without a width -> the reason.
+        fixed_values: name of an attention sub-block with heads whose value dimensions stay as they
+            are -> the reason.
     """
 
     sites: tuple[Site, ...]
     unreached: frozenset[str]
     untreated: dict[str, str]
     fixed_widths: dict[str, str]
+    fixed_values: dict[str, str]
 
 
 def discover(model: nn.Module, batch: Batch) -> Discovery:
@@ -73,14 +76,21 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     structure.sort(key=lambda site: order[site.name])
     weights.sort(key=lambda site: order[_owner(site)])
-    widths, fixed_widths = find_widths(model, structure, weights, untreated, seen.calls)
+    found = find_widths(model, structure, weights, untreated, seen.calls)
+    widths, fixed_widths = parted({name: each.width for name, each in found.items()})
+    values, fixed_values = parted({name: each.values for name, each in found.items()})
     structure = [
-        replace(site, width=widths.get(site.name), constant=_constant_shape(model, site, calls))
+        replace(
+            site,
+            width=widths.get(site.name),
+            values=values.get(site.name),
+            constant=_constant_shape(model, site, calls),
+        )
         for site in structure
     ]
     unreached = {site.name for site in weights if site.members[0].module not in seen.called}
     sites = _in_tree_order(structure, weights)
-    return Discovery(sites, frozenset(unreached), untreated, fixed_widths)
+    return Discovery(sites, frozenset(unreached), untreated, fixed_widths, fixed_values)
 
 
 def _owner(site: Site) -> str:

@@ -9,7 +9,7 @@ from apportion.errors import InvalidInput
 from apportion.spaces.choice import OPERATION
 from apportion.spaces.compressors.compose import refusal
 from apportion.spaces.grammar import Option, parse_option
-from apportion.spaces.parts import treatment_refusal
+from apportion.spaces.parts import treated_site, treatment_refusal
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DENSE, DROP, KEEP, Space
 from apportion.spaces.unrealized import unrealized
@@ -17,7 +17,8 @@ from apportion.spaces.views import not_written_back
 
 KINDS = (
     "keep, drop and drop:mean are for blocks and sub-blocks, cP% for those of them whose width can "
-    "change (apportion sites), op:NAME for choice blocks, all others for weights"
+    "change, vP% for attention whose values can (apportion sites), op:NAME for choice blocks, all "
+    "others for weights"
 )
 
 
@@ -43,11 +44,16 @@ def site_matches(site: Site, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: int = 8) -> Space:
+def build_space(
+    sites: Sequence[Site],
+    entries: Sequence[Entry],
+    rank_multiple: int = 8,
+    called: str = "space",
+) -> Space:
     """The space of a study file: for each site the options of the first entry that matches.
 
     A pattern that names a structure site gives its weight options to every weight site below it.
-    Sites without a choice are left out: they stay dense.
+    Sites without a choice are left out: they stay dense. Messages call the entries `called`.
 
     Raises:
         InvalidInput: unknown or unfit options, patterns that match nothing; one problem a line.
@@ -55,7 +61,7 @@ def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: 
     problems: list[str] = []
     chosen_sites: list[Site] = []
     chosen_options: list[tuple[Option, ...]] = []
-    parsed = _parse_entries(entries, problems)
+    parsed = _parse_entries(entries, problems, called)
     matched: dict[tuple[int, str], list[Site]] = {}
     unfit: dict[tuple[int, str], list[str]] = {}
     for site in sites:
@@ -76,15 +82,18 @@ def build_space(sites: Sequence[Site], entries: Sequence[Entry], rank_multiple: 
         chosen_options.append((*first, *(o for o in fitting if o not in first)))
     for (entry, text), reasons in unfit.items():
         count = f"{len(reasons)} site" + ("s" if len(reasons) > 1 else "")
-        problems.append(f'space[{entry + 1}].options: "{text}" does not fit {count}: {reasons[0]}')
-    problems += _unmatched(sites, entries, matched)
-    problems += _untaken(entries, parsed, matched)
+        place = f"{called}[{entry + 1}].options"
+        problems.append(f'{place}: "{text}" does not fit {count}: {reasons[0]}')
+    problems += _unmatched(sites, entries, matched, called)
+    problems += _untaken(entries, parsed, matched, called)
     if problems:
         raise InvalidInput("\n".join(problems))
     return Space(tuple(chosen_sites), tuple(chosen_options))
 
 
-def _parse_entries(entries: Sequence[Entry], problems: list[str]) -> list[list[Option]]:
+def _parse_entries(
+    entries: Sequence[Entry], problems: list[str], called: str
+) -> list[list[Option]]:
     parsed: list[list[Option]] = []
     for number, entry in enumerate(entries, 1):
         options: list[Option] = []
@@ -92,11 +101,11 @@ def _parse_entries(entries: Sequence[Entry], problems: list[str]) -> list[list[O
             try:
                 option = parse_option(text)
             except InvalidInput as error:
-                problems.append(f"space[{number}].options: {error}")
+                problems.append(f"{called}[{number}].options: {error}")
                 continue
             reason = unrealized(option)
             if reason is not None:
-                problems.append(f'space[{number}].options: "{text}": {reason}')
+                problems.append(f'{called}[{number}].options: "{text}": {reason}')
             elif option not in options:
                 options.append(option)
         parsed.append(options)
@@ -145,6 +154,8 @@ def _is_for(site: Site, option: Option) -> bool:
     """Whether the option is of the site's kind."""
     if site.choices or option.operation is not None:
         return bool(site.choices) and option.operation is not None
+    if option.value_percent is not None:
+        return site.values is not None
     if option.narrows:
         return site.width is not None
     return option.is_structure == site.is_structure
@@ -153,8 +164,8 @@ def _is_for(site: Site, option: Option) -> bool:
 def _reason(site: Site, option: Option, rank_multiple: int) -> str | None:
     if site.choices:
         return _unknown_alternative(site, option)
-    if site.width is not None:
-        return treatment_refusal(option, site.width, rank_multiple)
+    if (width := treated_site(site, option).width) is not None:
+        return treatment_refusal(option, width, rank_multiple)
     if site.written_back and (reason := not_written_back(option, site.unseen)):
         return reason
     found = (refusal(option, member.shape, rank_multiple) for member in site.members)
@@ -170,7 +181,10 @@ def _unknown_alternative(site: Site, option: Option) -> str | None:
 
 
 def _unmatched(
-    sites: Sequence[Site], entries: Sequence[Entry], matched: Container[tuple[int, str]]
+    sites: Sequence[Site],
+    entries: Sequence[Entry],
+    matched: Container[tuple[int, str]],
+    called: str,
 ) -> list[str]:
     names = [n for s in sites for n in (s.name, f"{s.kind}:{s.name}")]
     kinds = sorted({f"{s.kind}:*" for s in sites})
@@ -180,7 +194,7 @@ def _unmatched(
         for pattern in entry.sites:
             if (number, pattern) in matched or entry.skip_unfit:
                 continue
-            place = f'space[{number + 1}].sites: "{pattern}"'
+            place = f'{called}[{number + 1}].sites: "{pattern}"'
             if any(site_matches(s, pattern) for s in sites):
                 problems.append(f"{place} names only sites that no option here is for; {KINDS}")
                 continue
@@ -197,6 +211,7 @@ def _untaken(
     entries: Sequence[Entry],
     parsed: Sequence[Sequence[Option]],
     matched: Mapping[tuple[int, str], Sequence[Site]],
+    called: str,
 ) -> list[str]:
     """Options that none of the sites which their entry names can take."""
     problems = []
@@ -207,8 +222,8 @@ def _untaken(
             if neutral or not named or entry.skip_unfit or any(_is_for(s, option) for s in named):
                 continue
             problems.append(
-                f'space[{number + 1}].options: "{option}" is for none of the sites that the entry '
-                f"names; {KINDS}"
+                f'{called}[{number + 1}].options: "{option}" is for none of the sites that the '
+                f"entry names; {KINDS}"
             )
     return problems
 

@@ -18,17 +18,18 @@ from apportion.kernels.codes import TERNARY_BITS
 DROPS = ("drop", "drop:mean")
 STRUCTURE_NAMES = ("keep", *DROPS)
 NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
-STEPS = ("c", "s", "r", "w", "o", "residual")
+STEPS = ("c", "v", "s", "r", "w", "o", "residual")
 ORDER = ", ".join(STEPS)
 METHODS: Mapping[str, tuple[str, ...]] = {
-    "c": ("magnitude", "wanda", "obs", "chip", "drop", "merge"),
+    "c": ("first", "magnitude", "wanda", "obs", "chip", "taylor", "drop", "merge"),
+    "v": ("svd", "whitened"),
     "s": ("magnitude", "wanda", "sparsegpt"),
     "r": ("svd", "whitened"),
     "w": ("rtn", "hqq", "gptq", "awq"),
     "o": (),
     "residual": ("svd", "whitened"),
 }
-WITHOUT_STATISTICS = ("magnitude", "svd", "hqq")
+WITHOUT_STATISTICS = ("first", "magnitude", "svd", "hqq")
 WITH_ZEROS = ("hqq",)
 """Methods that fit the zeros, and so are for weights that have some."""
 ALWAYS_SYMMETRIC = (TERNARY_BITS, 8)
@@ -36,27 +37,29 @@ BITS = "weights have 1 to 8 bits, or 1.58 (ternary)"
 
 _OPERATION = re.compile(r"op:([A-Za-z0-9_.-]+)")
 _STEP = re.compile(
-    r"(?:(?P<percent_step>[csro])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
+    r"(?:(?P<percent_step>[cvsro])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
     r"|(?P<kept>[0-9]{1,9}):(?P<of>[0-9]{1,9})"
-    r"|w(?P<bits>[0-9]{1,9}(?:\.[0-9]{1,9})?)(?:a(?P<activation_bits>[0-9]{1,9}))?"
-    r"(?:g(?P<group>[0-9]{1,9})(?P<symmetric>s?))?"
+    r"|w(?P<bits>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    r"(?:a(?P<activation_bits>[0-9]{1,9})(?P<static>s?))?(?:g(?P<group>[0-9]{1,9})(?P<symmetric>s?))?"
     r"|r(?P<residual_rank>[0-9]{1,9}))"
     r"(?::(?P<method>[^+:]*))?"
 )
 _FORMS = {
     "c": "cP%",
+    "v": "vP%",
     "s": "sP%",
     "r": "rP%, or rK at the end",
-    "w": "wN[a8][gK[s]]",
+    "w": "wN[a8[s]][gK[s]]",
     "o": "oP%, or op:NAME alone",
 }
 _PERCENTS = {
     "c": "keep_percent",
+    "v": "value_percent",
     "s": "sparsity",
     "r": "rank_percent",
     "o": "outlier_percent",
 }
-_SPELLINGS = (*NAMES, "op:NAME", "c75%", "s50%", "2:4", "r50%", "r16", "w1.58g64", "w2g64",
+_SPELLINGS = (*NAMES, "op:NAME", "c75%", "v50%", "s50%", "2:4", "r50%", "r16", "w1.58g64", "w2g64",
               "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8", "o1%")  # fmt: skip
 
 
@@ -67,12 +70,15 @@ class Option:
     name: str | None = None
     operation: str | None = None
     keep_percent: Decimal | None = None
+    value_percent: Decimal | None = None
     sparsity: Decimal | tuple[int, int] | None = None
     """The percentage of weights removed, or (n, m): n of every m weights are kept."""
     rank_percent: Decimal | None = None
     bits: float | None = None
     """Whole, or `TERNARY_BITS`."""
     activation_bits: int | None = None
+    static_activations: bool = False
+    """One scale for all inputs, fixed by calibration; otherwise one per token."""
     group: int | None = None
     """Inputs per scale; None: one scale per output channel."""
     symmetric: bool = False
@@ -106,6 +112,7 @@ class Option:
         if step != "w" or self.bits is None:
             return ""
         activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        activations += "s" if self.static_activations else ""
         group = "" if self.group is None else f"g{self.group}"
         plain = self.group is None or self.bits in ALWAYS_SYMMETRIC
         suffix = "s" if self.symmetric and not plain else ""
@@ -118,7 +125,8 @@ class Option:
 
     @property
     def is_structure(self) -> bool:
-        """True for what structure sites and choice blocks have: `keep`, drops, `cP%`, op:NAME."""
+        """True for what structure sites and choice blocks have: `keep`, drops, `cP%`, `vP%`,
+        op:NAME."""
         return self.name in STRUCTURE_NAMES or self.operation is not None or self.narrows
 
     @property
@@ -128,14 +136,14 @@ class Option:
 
     @property
     def narrows(self) -> bool:
-        """True for `cP%` and what is composed with it: a whole treatment of a sub-block."""
-        return self.keep_percent is not None
+        """True for `cP%`, `vP%` and what is composed with them: whole treatments of a sub-block."""
+        return self.keep_percent is not None or self.value_percent is not None
 
     @property
     def rest(self) -> "Option":
-        """What is left to do with weights that `cP%` has made narrower; `dense` if nothing."""
-        methods = tuple(pair for pair in self.methods if pair[0] != "c")
-        rest = replace(self, keep_percent=None, methods=methods)
+        """What is left to do with weights that `cP%` or `vP%` made narrower; `dense` if nothing."""
+        methods = tuple(pair for pair in self.methods if pair[0] not in ("c", "v"))
+        rest = replace(self, keep_percent=None, value_percent=None, methods=methods)
         return rest if rest.steps else Option(name="dense")
 
     @property
@@ -148,9 +156,16 @@ class Option:
         """True where what is realized depends on calibration's statistics, if there are some."""
         methods = dict(self.methods)
         # Outliers follow what rounds the rest: those of a method without statistics need none.
-        choosing = (step for step in self.steps if step != "o")
-        chooses = any(methods.get(step) not in WITHOUT_STATISTICS for step in choosing)
-        return chooses or self.name == "drop:mean"
+        choosing = [methods.get(step) for step in self.steps if step != "o"]
+        fixed = self.static_activations or self.name == "drop:mean"
+        # Whatever chose the units that stay, what reads them is corrected on its inputs.
+        corrected = self.keep_percent is not None and methods.get("c") != "first"
+        return fixed or corrected or any(m not in WITHOUT_STATISTICS for m in choosing)
+
+    @property
+    def needs_gates(self) -> bool:
+        """True where what goes depends on gradients of the model's loss (`gates.gate_scores`)."""
+        return ("c", "taylor") in self.methods
 
 
 def parse_option(text: str) -> Option:
@@ -192,6 +207,9 @@ def _check_whole(text: str, option: Option, seen: list[str]) -> None:
         raise _wrong(text, f"steps go in the order {ORDER}: {option}")
     if str(option) != text:
         raise _wrong(text, f"write {option}")
+    if option.keep_percent is not None and option.value_percent is not None:
+        either = f"{option._step('c')} or {option._step('v')}"
+        raise _wrong(text, f"c and v are each done to a whole sub-block, not both: {either}")
     if option.outlier_percent is not None:
         _check_outliers(text, option)
     method = dict(option.methods).get("w")
@@ -253,12 +271,13 @@ def _weight_fields(text: str, part: str, match: re.Match[str]) -> dict[str, Any]
     if bits is None:
         raise _wrong(text, BITS, part)
     if match["activation_bits"] not in (None, "8"):
-        raise _wrong(text, f"activations have 8 bits: w{bits}a8", part)
+        raise _wrong(text, f"activations have 8 bits: w{bits}a8{match['static']}", part)
     if group is not None and int(group) < 1:
         raise _wrong(text, f"a group has at least 1 input: w{bits}g64", part)
     return {
         "bits": bits,
         "activation_bits": match["activation_bits"] and 8,
+        "static_activations": match["static"] == "s",
         "group": group and int(group),
         "symmetric": bits in ALWAYS_SYMMETRIC or match["symmetric"] == "s",
     }

@@ -19,6 +19,7 @@ from apportion.spaces.batches import frozen
 from apportion.spaces.choice import choice_at
 from apportion.spaces.layers import tied_names
 from apportion.spaces.narrowing import narrowed_copy
+from apportion.spaces.padding import pad_heads
 from apportion.spaces.sites import Member, Site, Width
 
 
@@ -163,6 +164,8 @@ def _install_site(
     elif site["implementation"] in IMPLEMENTATIONS:
         groups = _treated(site).groups if "width" in site else (members,)
         install_groups(model, groups, stored, site["implementation"])
+        if "width" in site:
+            pad_heads(model, Width.from_json(site["width"]), len(site["kept"]))
     else:
         raise InvalidInput(f"unknown implementation {site['implementation']!r}")
     return {member.parameter_path for member in members}

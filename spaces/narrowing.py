@@ -23,7 +23,9 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def narrowed_copy(model: nn.Module, site: Site, kept: Sequence[int]) -> nn.Module:
+def narrowed_copy(
+    model: nn.Module, site: Site, kept: Sequence[int], biases: Sequence[Tensor | None] = ()
+) -> nn.Module:
     """A copy of a sub-block with the dense weights of some of its units.
 
     What keeps its shape is shared with the model.
@@ -32,6 +34,7 @@ def narrowed_copy(model: nn.Module, site: Site, kept: Sequence[int]) -> nn.Modul
         model: the model.
         site: a structure site of it.
         kept: numbers of the units that stay, ascending.
+        biases: of each cut of its width, in place of those of the dense layers; empty: these.
 
     Raises:
         ValueError: the site has no width.
@@ -39,7 +42,12 @@ def narrowed_copy(model: nn.Module, site: Site, kept: Sequence[int]) -> nn.Modul
     if site.width is None:
         raise ValueError(f"{site.name} has no width")
     narrowed = shared_copy(model.get_submodule(site.name))
-    narrow(narrowed, moved(site.width, site.name, ""), kept)
+    width = moved(site.width, site.name, "")
+    narrow(narrowed, width, kept)
+    if biases:
+        for cut, bias in zip(width.cuts, biases, strict=True):
+            if bias is not None:
+                set_parameter(narrowed, f"{cut.member.module}.bias", bias)
     return narrowed
 
 
@@ -56,16 +64,32 @@ def narrow(module: nn.Module, width: Width, kept: Sequence[int]) -> None:
         narrow_experts(module, width, kept)
         return
     vectors = unit_vectors(module, width, kept)
+    for path, weight in unit_weights(module, width, kept).items():
+        set_parameter(module, path, weight)
     for cut in width.cuts:
-        if cut.side == "whole":
-            continue
-        member, shape = cut.member, cut.narrowed(len(kept))
-        matrix = matrix_of(parameter_at(module, member.parameter_path), member)
-        set_parameter(
-            module, member.parameter_path, _stored(part_of(matrix, cut, width, kept), cut)
-        )
-        _set_sizes(module.get_submodule(member.module), _sizes(shape))
+        if cut.side != "whole":
+            _set_sizes(module.get_submodule(cut.member.module), _sizes(cut.narrowed(len(kept))))
     put_vectors(module, vectors)
+
+
+def unit_weights(model: nn.Module, width: Width, kept: Sequence[int]) -> dict[str, Tensor]:
+    """The weights that become smaller with the units; gradients flow to the whole ones.
+
+    Args:
+        model: the model that the width's paths belong to.
+        width: the width of one of its sub-blocks, not in experts.
+        kept: numbers of the units that stay, in the order in which they will lie.
+
+    Returns:
+        Name in the model's state -> the rows or columns of the kept units, as the layer holds them.
+    """
+    found = {}
+    for cut in width.cuts:
+        if cut.side != "whole":
+            path = cut.member.parameter_path
+            matrix = matrix_of(parameter_at(model, path), cut.member)
+            found[path] = _stored(part_of(matrix, cut, width, kept), cut)
+    return found
 
 
 def part_of(matrix: Tensor, cut: Cut, width: Width, kept: Sequence[int]) -> Tensor:
@@ -76,14 +100,15 @@ def part_of(matrix: Tensor, cut: Cut, width: Width, kept: Sequence[int]) -> Tens
     return matrix.index_select(1 if cut.side == "in" else 0, places)
 
 
-@torch.no_grad()
 def unit_vectors(model: nn.Module, width: Width, kept: Sequence[int]) -> dict[str, Tensor]:
     """All but the weights that becomes shorter with the units: biases and the vectors of norms.
+
+    Gradients flow to the whole vectors, but for what is of experts.
 
     Args:
         model: the model that the width's paths belong to.
         width: the width of one of its sub-blocks.
-        kept: numbers of the units that stay, ascending.
+        kept: numbers of the units that stay, in the order in which they will lie.
 
     Returns:
         Name in the model's state -> the values of the kept units, `[kept * features]`; what is of
@@ -94,13 +119,13 @@ def unit_vectors(model: nn.Module, width: Width, kept: Sequence[int]) -> dict[st
         bias = getattr(model.get_submodule(cut.member.module), "bias", None)
         if cut.side in ("out", "groups") and isinstance(bias, Tensor):
             places = torch.tensor(cut.places(kept, width.units), device=bias.device)
-            found[f"{cut.member.module}.bias"] = bias.detach()[places]
+            found[f"{cut.member.module}.bias"] = bias[places]
     for path in width.norms:
         module = model.get_submodule(path)
         own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         for name, vector in itertools.chain(*own):
             if vector.ndim == 1 and len(vector) % width.units == 0:
-                by_unit = vector.detach().view(width.units, -1)
+                by_unit = vector.view(width.units, -1)
                 found[f"{path}.{name}"] = by_unit[list(kept)].flatten()
     return found
 

@@ -1,10 +1,11 @@
 """What a site launches under an option: the layers that share an input, and how each is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apportion.kernels.formats import Format, LayerShape
 from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of, refusal
 from apportion.spaces.compressors.restructure import kept_units, unit_refusal, width_refusal
+from apportion.spaces.compressors.values import kept_values, value_refusal
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site, Width
 from apportion.spaces.views import not_written_back
@@ -18,7 +19,7 @@ class Part:
 
     Attributes:
         members: the dense weights that they stand for.
-        shapes: of what is stored; narrower than the members' under `cP%`.
+        shapes: of what is stored; narrower than the members' under `cP%` and `vP%`.
         formats: how each is stored.
     """
 
@@ -27,12 +28,22 @@ class Part:
     formats: tuple[Format, ...]
 
 
-def part_shapes(site: Site, option: Option) -> tuple[tuple[LayerShape, ...], ...]:
+def treated_site(site: Site, option: Option) -> Site:
+    """The site with what the option leaves less of as its width: under `vP%` value dimensions."""
+    if option.value_percent is None:
+        return site
+    return replace(site, width=site.values)
+
+
+def part_shapes(
+    site: Site, option: Option, rank_multiple: int = RANK_MULTIPLE
+) -> tuple[tuple[LayerShape, ...], ...]:
     """Shapes of what is stored, for each of `left_groups`."""
-    if site.width is None or option.keep_percent is None:
+    width = treated_site(site, option).width
+    if width is None or not option.narrows:
         return tuple(tuple(member.shape for member in group) for group in site.groups)
-    kept = kept_units(option.keep_percent, site.width.units)
-    return tuple(tuple(cut.narrowed(kept) for cut in group) for group in site.width.left(kept))
+    kept = _kept(width, option, rank_multiple)
+    return tuple(tuple(cut.narrowed(kept) for cut in group) for group in width.left(kept))
 
 
 def parts(
@@ -51,7 +62,7 @@ def parts(
             tuple(format_of(left, shape, model_dtype, rank_multiple) for shape in shapes),
         )
         for members, shapes in zip(
-            left_groups(site, option), part_shapes(site, option), strict=True
+            left_groups(site, option), part_shapes(site, option, rank_multiple), strict=True
         )
     )
 
@@ -64,29 +75,51 @@ def left_groups(site: Site, option: Option) -> tuple[tuple[Member, ...], ...]:
     return tuple(tuple(cut.member for cut in group) for group in site.width.left(kept))
 
 
-def first_units(site: Site, option: Option) -> tuple[int, ...] | None:
+def first_units(
+    site: Site, option: Option, rank_multiple: int = RANK_MULTIPLE
+) -> tuple[int, ...] | None:
     """As many units as a treatment keeps, the first ones; None under any other option."""
-    if site.width is None or option.keep_percent is None:
+    width = treated_site(site, option).width
+    if width is None or not option.narrows:
         return None
-    return tuple(range(kept_units(option.keep_percent, site.width.units)))
+    return tuple(range(_kept(width, option, rank_multiple)))
 
 
-def kept_share(width: Width, option: Option) -> float:
-    """The share of a width's units that stay under an option."""
-    if option.keep_percent is None:
+def _kept(width: Width, option: Option, rank_multiple: int) -> int:
+    """How many units of a treated site's width stay."""
+    if option.value_percent is not None:
+        return kept_values(option.value_percent, width.units, rank_multiple)
+    if option.keep_percent is not None:
+        return kept_units(option.keep_percent, width.units)
+    return width.units
+
+
+def kept_share(site: Site, option: Option) -> float:
+    """The share of a sub-block's heads, channels or experts that stay under an option."""
+    if site.width is None or option.keep_percent is None:
         return 1.0
-    return kept_units(option.keep_percent, width.units) / width.units
+    return kept_units(option.keep_percent, site.width.units) / site.width.units
 
 
 def treatment_refusal(option: Option, width: Width, rank_multiple: int) -> str | None:
-    """Why a sub-block cannot have `cP%` and what is composed with it; None if it can."""
-    if option.keep_percent is None:
+    """Why a sub-block cannot have `cP%` or `vP%` and what is composed with it; None if it can.
+
+    Args:
+        option: of the sub-block.
+        width: of its `treated_site`.
+        rank_multiple: ranks and value dimensions are multiples of it.
+    """
+    if not option.narrows:
         return None
-    if reason := width_refusal(option.keep_percent, width) or unit_refusal(option, width):
+    if option.keep_percent is None:
+        reason = value_refusal(option, width, rank_multiple)
+    else:
+        reason = width_refusal(option.keep_percent, width) or unit_refusal(option, width)
+    if reason is not None:
         return reason
     if width.experts is not None and (reason := not_written_back(option.rest, UNSEEN)):
         return reason
-    kept = kept_units(option.keep_percent, width.units)
+    kept = _kept(width, option, rank_multiple)
     cuts = (cut for group in width.left(kept) for cut in group)
     found = (refusal(option.rest, cut.narrowed(kept), rank_multiple) for cut in cuts)
     return next((reason for reason in found if reason is not None), None)

@@ -1,18 +1,42 @@
 """One entry of the bank made: a site's weights under an option."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
+from apportion.hashing import content_hash, tensors_hash
 from apportion.kernels.formats import DTYPES, StoredWeight
-from apportion.spaces.apply import member_weight
+from apportion.spaces.apply import bias_of, member_weight
 from apportion.spaces.compressors.compose import realize
 from apportion.spaces.compressors.treatment import realize_treatment
 from apportion.spaces.grammar import Option
+from apportion.spaces.parts import treated_site
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DROP_MEAN
 from apportion.spaces.statistics import StatisticsFiles
 from apportion.spaces.stored import StoredSite
+
+
+def source_hashes(model: nn.Module, site: Site, options: Sequence[Option]) -> dict[str, str]:
+    """Option text -> content hash of what of the model its entry is made from.
+
+    Args:
+        model: the dense model.
+        site: a weight site of it, or a structure site.
+        options: those of the site with entries.
+    """
+    members = [member for group in site.groups for member in group]
+    weights = tensors_hash({m.path: member_weight(model, m) for m in members})
+    found: dict[str, str] = {}
+    for option in options:
+        width = treated_site(site, option).width
+        made_from: list[Any] = [weights] if width is None else [weights, width.to_json()]
+        if width is not None and option.value_percent is not None:
+            biases = {c.member.path: bias_of(model, c.member.module) for c in width.cuts}
+            made_from.append(tensors_hash({n: b for n, b in biases.items() if b is not None}))
+        found[str(option)] = content_hash(made_from) if width is not None else weights
+    return found
 
 
 def realize_site(
@@ -30,7 +54,8 @@ def realize_site(
         site: a weight site of it, or a structure site.
         option: what to do.
         statistics: of the site's inputs, by their names; of a treatment those of its groups, of a
-            stack those of each matrix, of `drop:mean` what the site adds.
+            stack those of each matrix, of `drop:mean` what the site adds, of `taylor` the scores
+            of the site's gates.
         model_dtype: dtype of what the option leaves as it is.
         rank_multiple: ranks of rP% are multiples of it.
 
@@ -41,9 +66,16 @@ def realize_site(
     if str(option) == DROP_MEAN:
         return StoredSite((), constant=statistics.added(site.name).mean(DTYPES[model_dtype]))
     weights = [member_weight(model, m).float() for group in site.groups for m in group]
-    if site.width is not None and option.keep_percent is not None:
+    width = treated_site(site, option).width
+    if width is not None and option.narrows:
         found = [statistics.of(name) for name in site.input_names]
-        return realize_treatment(weights, site.width, option, found, model_dtype, rank_multiple)
+        scores = statistics.gates(site.name) if option.needs_gates else None
+        biases = None
+        if option.value_percent is not None:
+            biases = [bias_of(model, cut.member.module) for cut in width.cuts]
+        return realize_treatment(
+            weights, width, option, found, model_dtype, rank_multiple, scores, biases
+        )
     names = [n for n, group in zip(site.input_names, site.groups, strict=True) for _ in group]
     stored = (
         realize(weight, member.shape, option, statistics.of(name), model_dtype, rank_multiple)

@@ -69,20 +69,27 @@ class Cut:
             ("groups": rows too), or it keeps its shape ("whole").
         features: neighbouring rows or columns that belong to one unit (a head's features).
         stacks: how often all units lie there, one after the other (gate and up in one matrix: 2).
+        narrowing: numbers of the stacks that have fewer units, where the others keep all (the
+            values in a matrix of queries, keys and values); none named: all have fewer.
     """
 
     member: Member
     side: Side
     features: int = 1
     stacks: int = 1
+    narrowing: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "member": asdict(self.member)}
+        told = {**asdict(self), "member": asdict(self.member)}
+        if not self.narrowing:
+            del told["narrowing"]  # what was written before there were any keeps its hash
+        return told
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         shape = LayerShape.from_json(value["member"]["shape"])
-        return cls(**{**value, "member": Member(**{**value["member"], "shape": shape})})
+        member = Member(**{**value["member"], "shape": shape})
+        return cls(**{**value, "member": member, "narrowing": tuple(value.get("narrowing", ()))})
 
     def places(self, kept: Sequence[int], units: int) -> list[int]:
         """Rows (columns where `side` is "in") of the kept units, ascending as the units are.
@@ -95,13 +102,16 @@ class Cut:
         return [
             (stack * units + unit) * width + feature
             for stack in range(self.stacks)
-            for unit in kept
+            for unit in (range(units) if self._is_whole(stack) else kept)
             for feature in range(width)
         ]
 
     def narrowed(self, kept: int) -> LayerShape:
         """The member's shape with so many units."""
-        shape, count = self.member.shape, kept * self.features * self.stacks
+        shape = self.member.shape
+        whole = sum(self._is_whole(stack) for stack in range(self.stacks))
+        count = kept * self.features * (self.stacks - whole)
+        count += whole * (shape.out_features // self.stacks)
         if self.side == "whole":
             return shape
         if self.side == "in":
@@ -109,6 +119,9 @@ class Cut:
         if self.side == "groups" and shape.conv is not None:
             return replace(shape, out_features=count, conv=replace(shape.conv, groups=kept))
         return replace(shape, out_features=count)
+
+    def _is_whole(self, stack: int) -> bool:
+        return bool(self.narrowing) and stack not in self.narrowing
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,8 @@ class Width:
     """What a sub-block is wide by: units that can be left out without a change of its interface.
 
     Attributes:
-        unit: "head" (a key-value head and its queries), "channel" or "expert".
+        unit: "head" (a key-value head and its queries), "channel", "expert" or "value" (a dimension
+            of what each key-value head gives).
         units: how many there are.
         groups: all weights of the sub-block; those of a group are given the same input and run as
             one operator. Of experts: first one group for each expert, with all its matrices, then
@@ -154,7 +168,7 @@ class Width:
         experts: of experts, where they lie.
     """
 
-    unit: Literal["head", "channel", "expert"]
+    unit: Literal["head", "channel", "expert", "value"]
     units: int
     groups: tuple[tuple[Cut, ...], ...]
     norms: tuple[str, ...] = ()
@@ -205,7 +219,9 @@ class Site:
             otherwise (and for all sub-blocks with the sum outside) dropping it returns zeros.
         optional: no site unless a pattern of the study file names it (an untied output head).
         choices: of a choice block the names of its alternatives, the dense model's first.
-        width: what a structure site can be made narrower by (`cP%`), or None.
+        width: what a structure site can be made narrower by (`cP%`), or None; of a
+            `parts.treated_site` what its option leaves less of.
+        values: the width of an attention sub-block in value dimensions (`vP%`), or None.
         constant: shape of the constant that `drop:mean` adds in place of a structure site:
             `[features]`, or `[channels, 1, 1]` of a convolutional one.
         unseen: why nobody sees what weights that are written back are multiplied with, or None.
@@ -221,6 +237,7 @@ class Site:
     optional: bool = False
     choices: tuple[str, ...] = ()
     width: Width | None = None
+    values: Width | None = None
     constant: tuple[int, ...] = ()
     unseen: str | None = None
 
@@ -235,8 +252,8 @@ class Site:
 
         The matrices of a stack are given each its own (an expert its tokens).
         """
-        if self.width is not None:
-            return tuple(tuple(cut.member for cut in group) for group in self.width.groups)
+        if (width := self.width or self.values) is not None:
+            return tuple(tuple(cut.member for cut in group) for group in width.groups)
         if self._is_stack:
             return tuple((member,) for member in self.members)
         return (self.members,) if self.members else ()
@@ -250,7 +267,7 @@ class Site:
         """Of each group the name that the statistics of its input have; of experts one name."""
         if self.has_experts:
             return (f"{self.name}:experts",)
-        if self.width is None:
+        if self.width is None and self.values is None:
             return tuple(m.path for m in self.members) if self._is_stack else (self.name,)
         return tuple(group_name(group) for group in self.groups)
 

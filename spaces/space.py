@@ -85,7 +85,7 @@ class Space:
 
     @cached_property
     def voiding(self) -> tuple[tuple[bool, ...], ...]:
-        """[site][option] whether it voids all sites below: drops, and `cP%`, which treats them."""
+        """[site][option] whether it voids all sites below: drops, and treatments of all of them."""
         return tuple(tuple(each.drops or each.narrows for each in row) for row in self.options)
 
     def voids(self, config: Sequence[int]) -> list[bool]:
@@ -150,6 +150,12 @@ class Space:
         pairs = zip(self.sites, self.texts, strict=True)
         return tuple(site for site, texts in pairs if DROP_MEAN in texts)
 
+    @cached_property
+    def gated_sites(self) -> tuple[Site, ...]:
+        """Its structure sites of which an option needs the scores of gates."""
+        pairs = zip(self.sites, self.options, strict=True)
+        return tuple(site for site, row in pairs if any(option.needs_gates for option in row))
+
     def without(self, struck: Mapping[str, Sequence[str]]) -> "Space":
         """The space less the struck options; neutral ones cannot be struck."""
         options = tuple(
@@ -165,8 +171,8 @@ class Space:
     def uniform(self, text: str, stored_bytes: Sequence[Mapping[str, int]]) -> Config:
         """`text` at every weight site that has it, the next dearer option elsewhere.
 
-        A treatment `cP%` is put on every sub-block that has it; where none is, weight sites get
-        what it does to narrowed weights, or the next dearer option.
+        A treatment, `cP%` or `vP%`, is put on every sub-block that has it; where none is, weight
+        sites get what it does to narrowed weights, or the next dearer option.
 
         Args:
             text: an option of weight sites or a treatment.

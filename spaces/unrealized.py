@@ -16,10 +16,16 @@ def unrealized(option: Option) -> str | None:
     if option.bits is not None and option.bits not in CODE_BITS:
         realized = ", ".join(f"w{bits}" for bits in CODE_BITS)
         return f"{option}: {option.bits} bits are not realized yet; realized: {realized}"
-    if option.activation_bits is not None and (option.steps != ("w",) or option.group is not None):
-        return f"{option}: int8 activations are realized only as w8a8"
-    if option.activation_bits is not None and option.bits != 8:
-        return f"{option}: int8 activations are realized only with 8-bit weights: w8a8"
-    if option.activation_bits is not None and option.scales_inputs:
-        return f"{option}: scaled inputs at 8 bits are not realized yet; realized: w8a8, w8:awq"
+    return _unrealized_activations(option) if option.activation_bits is not None else None
+
+
+def _unrealized_activations(option: Option) -> str | None:
+    realized = "w8a8s" if option.static_activations else "w8a8"
+    if option.steps != ("w",) or option.group is not None:
+        return f"{option}: int8 activations are realized only as {realized}"
+    if option.bits != 8:
+        return f"{option}: int8 activations are realized only with 8-bit weights: {realized}"
+    if option.scales_inputs:
+        known = f"{realized}, w8:awq"
+        return f"{option}: scaled inputs at 8 bits are not realized yet; realized: {known}"
     return None

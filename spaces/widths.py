@@ -7,7 +7,7 @@ be left out. Where not, the sub-block has no width, and is told why.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,16 +15,38 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from apportion.spaces.activations import leaves
-from apportion.spaces.couplings import Groups, couplings, flow_of
+from apportion.spaces.couplings import Groups, couplings, flow_of, undivided
 from apportion.spaces.experts import find_experts
 from apportion.spaces.narrowing import moved, narrow, shared_copy
 from apportion.spaces.probing import Call
 from apportion.spaces.sites import Site, Width
 from apportion.spaces.trials import NotRun, Run, difference, in_float32, runner
+from apportion.spaces.values import find_values
 from apportion.spaces.views import matrix_of, parameter_at
 
 # Attributes that say where a module stands, not what it does.
 PLACE_WORDS = ("idx", "index", "layer_id", "layer_number")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a sub-block can be made narrower by.
+
+    Attributes:
+        width: heads, channels or experts, or why there are none that can be left out.
+        values: of attention its value dimensions, or why these stay; None: for the same reason.
+    """
+
+    width: Width | str
+    values: Width | str | None = None
+
+    def at(self, name: str) -> "Found":
+        """The same with paths of the model, where they begin below the sub-block of that name."""
+        width, values = self.width, self.values
+        return Found(
+            moved(width, "", name) if isinstance(width, Width) else width,
+            moved(values, "", name) if isinstance(values, Width) else values,
+        )
 
 
 @torch.no_grad()
@@ -34,8 +56,8 @@ def find_widths(
     weights: Sequence[Site],
     untreated: Mapping[str, str],
     calls: Mapping[str, Call],
-) -> tuple[dict[str, Width], dict[str, str]]:
-    """The widths of a model's sub-blocks, and of blocks without them.
+) -> dict[str, Found]:
+    """The widths of a model's sub-blocks, and of blocks without them, by their names.
 
     Of like sub-blocks one is proven.
 
@@ -45,19 +67,15 @@ def find_widths(
         weights: weight sites.
         untreated: path of a layer, parameter or choice block that is no site -> the reason.
         calls: what each module was given.
-
-    Returns:
-        Name of a site -> its width; name of a site -> why it has none.
     """
-    widths: dict[str, Width] = {}
-    fixed: dict[str, str] = {}
-    known: dict[Any, Width | str] = {}
+    widths: dict[str, Found] = {}
+    known: dict[Any, Found] = {}
     experts: dict[Any, Width | str | None] = {}
     for site in structure:
         if site.kind == "choice":
             continue
         if refusal := _holds_structure(site, structure):
-            fixed[site.name] = refusal
+            widths[site.name] = Found(refusal)
             continue
         inside = [weight for weight in weights if _is_below(weight.members[0].module, site.name)]
         module, call = model.get_submodule(site.name), calls[site.name]
@@ -65,19 +83,26 @@ def find_widths(
         likeness = _likeness(module, site.kind, groups, call)
         if likeness not in experts:
             experts[likeness] = find_experts(module, groups, call)
-        found = experts[likeness]
-        if not isinstance(found, Width):
-            other: Width | str | None = _refusal(site, inside, untreated, calls)
-            if other is None and likeness not in known:
-                known[likeness] = find_width(module, site.kind, groups, call)
-            other = other or known[likeness]
-            found = other if isinstance(other, Width) or found is None else found
-        match found:
-            case Width() as width:
-                widths[site.name] = moved(width, "", site.name)
-            case reason:
-                fixed[site.name] = reason
-    return widths, fixed
+        mixture = experts[likeness]
+        if isinstance(mixture, Width):
+            widths[site.name] = Found(mixture).at(site.name)
+            continue
+        why = _refusal(site, inside, untreated, calls)
+        if why is None and likeness not in known:
+            known[likeness] = find_width(module, site.kind, groups, call)
+        found = known[likeness] if why is None else Found(why)
+        if mixture is not None and not isinstance(found.width, Width):
+            found = Found(mixture)
+        widths[site.name] = found.at(site.name)
+    return widths
+
+
+def parted(
+    found: Mapping[str, Width | str | None],
+) -> tuple[dict[str, Width], dict[str, str]]:
+    """The widths, and the reasons where there is none, by their names."""
+    widths = {name: each for name, each in found.items() if isinstance(each, Width)}
+    return widths, {name: each for name, each in found.items() if isinstance(each, str)}
 
 
 def _is_below(path: str, site: str) -> bool:
@@ -131,8 +156,8 @@ def _likeness(module: nn.Module, kind: str, groups: Groups, call: Call) -> Any:
     return (kind, groups, tuple(settings), tuple(tensors), tuple(given), tuple(call.keywords))
 
 
-def find_width(module: nn.Module, kind: str, groups: Groups, call: Call) -> Width | str:
-    """The width of a sub-block, or why it has none; of several the one that saves most.
+def find_width(module: nn.Module, kind: str, groups: Groups, call: Call) -> Found:
+    """The widths of a sub-block, or why it has none; of several the one that saves most.
 
     Args:
         module: the sub-block.
@@ -141,7 +166,7 @@ def find_width(module: nn.Module, kind: str, groups: Groups, call: Call) -> Widt
         call: what it was given.
 
     Returns:
-        A width with paths below the sub-block, proven by execution; or the reason.
+        Widths with paths below the sub-block, proven by execution; or the reasons.
     """
     run = runner(call)
     try:
@@ -149,24 +174,48 @@ def find_width(module: nn.Module, kind: str, groups: Groups, call: Call) -> Widt
         # What cannot be copied cannot be narrowed.
         shared_copy(precise)
     except (RuntimeError, TypeError) as failure:
-        return f"it cannot be copied ({failure})"
+        return Found(f"it cannot be copied ({failure})")
     try:
         dense, flow = run(precise), flow_of(precise, groups, run)
         try:
             found = list(couplings(precise, groups, flow))
         except RuntimeError as failure:
-            return f"torch cannot differentiate it ({failure})"
-        widths = [replace(w, unit=_unit(w, kind)) for w in found if isinstance(w, Width)]
-        refuted: list[str] = []
-        for width in sorted(widths, key=_narrowed_weights, reverse=True):
-            reason = _refutation(precise, width, dense, run)
-            if reason is None:
-                return width
-            refuted.append(reason)
+            return Found(f"torch cannot differentiate it ({failure})")
+        proposed = [replace(w, unit=_unit(w, kind)) for w in found if isinstance(w, Width)]
+        refuted = [reason for reason in found if isinstance(reason, str)]
+        width = _proven(precise, proposed, refuted, dense, run)
+        heads = [width for width in proposed if width.unit == "head"]
+        return Found(width, _values(precise, heads, dense, run))
     except NotRun as failure:
-        return f"it cannot be run by itself ({failure})"
-    reasons = refuted + [reason for reason in found if isinstance(reason, str)]
+        return Found(f"it cannot be run by itself ({failure})")
+
+
+def _proven(
+    module: nn.Module, proposed: Iterable[Width], others: Sequence[str], dense: Tensor, run: Run
+) -> Width | str:
+    """The first width that is no mistake, the largest first, or what is wrong with that."""
+    refuted: list[str] = []
+    undividable: list[str] = []
+    for width in sorted(proposed, key=_narrowed_weights, reverse=True):
+        if width.units == 1:
+            undividable.append(
+                undivided([cut.member.module for cut in width.cuts if cut.side == "out"])
+            )
+            continue
+        reason = _refutation(module, width, dense, run)
+        if reason is None:
+            return width
+        refuted.append(reason)
+    reasons = [*refuted, *undividable, *others]
     return reasons[0] if reasons else "no layer in it takes what another layer in it gives"
+
+
+def _values(
+    module: nn.Module, heads: Sequence[Width], dense: Tensor, run: Run
+) -> Width | str | None:
+    """The first width in value dimensions, or why what seems to be heads has none."""
+    found = [find_values(module, width, dense, run) for width in heads]
+    return next((each for each in found if isinstance(each, Width)), found[0] if found else None)
 
 
 def _unit(width: Width, kind: str) -> Literal["head", "channel"]:

@@ -73,12 +73,8 @@ def _note(site: Site, space: Space | None, found: Discovery) -> str:
         return "fixed: no entry of the space names it"
     if site.choices:
         return f"a choice block: runs one of {', '.join(site.choices)}"
-    if site.width is not None:
-        told = f"cP% keeps some of its {site.width.units} {site.width.unit}s"
-        experts = site.width.experts
-        return told if experts is None else f"{told}, at least {experts.least}; no latency credit"
-    if site.name in found.fixed_widths:
-        return f"no cP%: {found.fixed_widths[site.name]}"
+    if notes := _width_notes(site, found):
+        return "; ".join(notes)
     if site.optional:
         return "only a site where a pattern names it"
     if site.written_back:
@@ -88,3 +84,19 @@ def _note(site: Site, space: Space | None, found: Discovery) -> str:
         return "not reached when it was tried: no input statistics unless calibration reaches it"
     is_grouped = any(m.shape.conv is not None and m.shape.conv.groups > 1 for m in site.members)
     return "no input statistics: a grouped convolution" if is_grouped else ""
+
+
+def _width_notes(site: Site, found: Discovery) -> list[str]:
+    """What of a sub-block can be left out, or why nothing; empty of a weight site."""
+    notes = []
+    if (width := site.width) is not None:
+        notes.append(f"cP% keeps some of its {width.units} {width.unit}s")
+        if width.experts is not None:
+            notes[0] += f", at least {width.experts.least}; no latency credit"
+    elif site.name in found.fixed_widths:
+        notes.append(f"no cP%: {found.fixed_widths[site.name]}")
+    if site.values is not None:
+        notes.append(f"vP% keeps some of the {site.values.units} value dimensions of each head")
+    elif site.name in found.fixed_values:
+        notes.append(f"no vP%: {found.fixed_values[site.name]}")
+    return notes

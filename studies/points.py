@@ -72,8 +72,8 @@ def _structure(space: Space, config: Config) -> tuple[dict[str, int], float]:
         option = space.options[place][choice]
         if option.drops:
             dropped[site.kind] = dropped.get(site.kind, 0) + 1
-        if site.width is not None and option.narrows:
-            widths.append(kept_share(site.width, option))
+        if option.keep_percent is not None:
+            widths.append(kept_share(site, option))
     return dropped, fmean(widths) if widths else 0.0
 
 

@@ -12,6 +12,7 @@ from apportion.errors import InvalidInput
 from apportion.search.solvers.exact import infeasibility
 from apportion.spaces.batches import call, no_gradients
 from apportion.spaces.degenerate import check_finite
+from apportion.spaces.gates import gate_scores
 from apportion.spaces.space import DENSE, KEEP
 from apportion.studies.cli.display import Display
 from apportion.studies.cli.records import CheckReport, Need, OperatorCount
@@ -22,6 +23,8 @@ from apportion.studies.limits import amount
 from apportion.studies.pricing import Prices
 from apportion.studies.specification import StudySpec
 from apportion.studies.stages.discover import check_choices
+from apportion.studies.stages.gates import windows_at_once
+from apportion.studies.starts import read_starts
 from apportion.units import format_bytes
 from apportion.workers.evaluator import Budgets
 from apportion.workers.memory import available_bytes, memory_need
@@ -48,6 +51,7 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
         if found.note:
             display.warning(found.note)
     check_choices(setting.space)
+    read_starts(spec, setting)
     check_finite(setting.opened.model, setting.space.sites)
     _check_limits(spec, setting)
     _check_loss(spec, setting)
@@ -55,6 +59,7 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
         if need["needed"] > need["free"]:
             needed, free = format_bytes(need["needed"]), format_bytes(need["free"])
             raise InvalidInput(f"{what}: this study needs {needed}, {free} are free")
+    _check_gates(spec, setting)
     return setting
 
 
@@ -149,6 +154,13 @@ def _check_loss(spec: StudySpec, setting: Setting) -> None:
     chunk = setting.open_part("search").chunks(spec.objective.batch)[0]
     output = call(setting.opened.model, setting.objective.inputs(chunk.batch))
     dense_loss(setting.objective, output, chunk.batch)
+
+
+def _check_gates(spec: StudySpec, setting: Setting) -> None:
+    """Try the gradients that `taylor` needs, before anything is measured. Raises InvalidInput."""
+    if setting.space.gated_sites:
+        chunk = setting.open_part("calibration").chunks(windows_at_once(spec))[0]
+        gate_scores(setting.opened.model, setting.space.gated_sites, [chunk.batch])
 
 
 def _devices(spec: StudySpec, setting: Setting, home: Home) -> dict[str, OperatorCount]:

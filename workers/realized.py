@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from apportion.errors import ApportionError
-from apportion.kernels.reference import ReferenceLayer, reference_weight
+from apportion.kernels.reference import reference_layer, reference_weight
 from apportion.spaces.apply import Dropped, bias_of, write_back
 from apportion.spaces.bank import Bank
+from apportion.spaces.grammar import parse_option
 from apportion.spaces.narrowing import moved, narrowed_copy
+from apportion.spaces.padding import pad_heads
+from apportion.spaces.parts import treated_site
 from apportion.spaces.sites import Site
 from apportion.spaces.stored import StoredSite
 from apportion.spaces.views import parameter_at, written
@@ -52,7 +55,7 @@ class RealizedStore:
 
         def realize() -> Realized:
             layers: list[nn.Module] = [
-                ReferenceLayer(reference_weight(stored), bias, stored.format, stored.shape).eval()
+                reference_layer(stored, bias).eval()
                 for stored, bias in zip(self._stored(site, option).weights, biases, strict=True)
             ]
             return Realized(layers, {})
@@ -94,18 +97,21 @@ class RealizedStore:
             if stored.constant is not None:
                 replaced = dense.get_submodule(site.name)
                 return Realized([Dropped(site, replaced, stored.constant).eval()], {})
-            narrow = narrowed_copy(dense, site, stored.kept or ())
-            if site.width is not None and site.has_experts:
-                own = moved(site.width, site.name, "").members(len(stored.kept or ()))
+            treated, kept = treated_site(site, parse_option(option)), stored.kept or ()
+            narrow = narrowed_copy(dense, treated, kept, stored.biases)
+            if treated.width is None:
+                raise ApportionError(f"{site.name} cannot be narrowed by {option}")
+            width = moved(treated.width, site.name, "")
+            if site.has_experts:
+                own = width.members(len(kept))
                 write_back(narrow, own, stored.weights)
                 paths = {member.parameter_path for member in own}
                 return Realized([narrow], {path: parameter_at(narrow, path) for path in paths})
-            members = [member for group in site.groups for member in group]
-            for member, weight in zip(members, stored.weights, strict=True):
-                path = member.module.removeprefix(site.name + ".")
-                values, bias = reference_weight(weight), bias_of(narrow, path)
-                layer = ReferenceLayer(values, bias, weight.format, weight.shape)
+            for cut, weight in zip(width.cuts, stored.weights, strict=True):
+                path = cut.member.module
+                layer = reference_layer(weight, bias_of(narrow, path))
                 narrow.set_submodule(path, layer.eval())
+            pad_heads(narrow, width, len(kept))
             return Realized([narrow], {})
 
         return self._hold(site, option, realize).layers[0]

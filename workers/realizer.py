@@ -15,7 +15,7 @@ from apportion.errors import InvalidInput
 from apportion.spaces.compressors.compose import forget_factorizations
 from apportion.spaces.grammar import Option, parse_option
 from apportion.spaces.realization import realize_options
-from apportion.spaces.statistics import StatisticsFiles
+from apportion.spaces.statistics import GATES, StatisticsFiles
 from apportion.workers.spec import (
     Origin,
     Setting,
@@ -36,11 +36,13 @@ class Realize:
         site: its name.
         keys: option text -> key of the entry that is wanted.
         statistics: the site's file of statistics, as the driver's machine names it.
+        gates: likewise the file with the scores of its gates; None: no option needs them.
     """
 
     site: str
     keys: Mapping[str, str]
     statistics: str
+    gates: str | None = None
 
     @property
     def size(self) -> int:
@@ -106,7 +108,10 @@ class Realizer:
     def _fill(self, work: Realize) -> bool:
         """Whether all entries are there."""
         names = (work.site, *self._sites[work.site].input_names)
-        statistics = StatisticsFiles(dict.fromkeys(names, self._file(work.statistics)))
+        files = dict.fromkeys(names, self._file(work.statistics))
+        if work.gates is not None:
+            files[f"{work.site}{GATES}"] = self._file(work.gates)
+        statistics = StatisticsFiles(files)
         keys = {parse_option(text): key for text, key in work.keys.items()}
         wanted = sorted((o for o in keys if not self._bank.has(keys[o])), key=_factorization)
         site = self._sites[work.site]

@@ -9,6 +9,7 @@ from torch import Tensor
 from apportion.errors import InvalidInput
 from apportion.kernels.formats import Format, LayerShape, StoredWeight
 from apportion.kernels.reference import reference_weight
+from apportion.spaces.compressors.activation_range import scale_of
 from apportion.spaces.compressors.compensate import regression
 from apportion.spaces.compressors.encode import encode
 from apportion.spaces.compressors.factorize import forget_root, low_rank
@@ -18,6 +19,7 @@ from apportion.spaces.compressors.refusals import (
     method_refusal,
     outlier_refusal,
     pattern_refusal,
+    range_refusal,
     rank_refusal,
     residual_refusal,
     scaling_refusal,
@@ -35,8 +37,10 @@ from apportion.spaces.grammar import WITHOUT_STATISTICS, Option
 from apportion.spaces.unrealized import unrealized
 
 NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DEFAULTS = {"c": "obs", "s": "wanda", "r": "whitened", "w": "rtn", "residual": "whitened"}
-FALLBACKS = {"c": "magnitude", "s": "magnitude", "r": "svd", "w": "rtn", "residual": "svd"}
+DEFAULTS = {"c": "obs", "v": "whitened", "s": "wanda", "r": "whitened", "w": "rtn"}
+DEFAULTS |= {"residual": "whitened"}
+FALLBACKS = {"c": "magnitude", "v": "svd", "s": "magnitude", "r": "svd", "w": "rtn"}
+FALLBACKS |= {"residual": "svd"}
 RANK_MULTIPLE = 8
 
 
@@ -47,22 +51,30 @@ class InputStatistics:
     Args:
         second_moment: float64 [in, in], the sum of x x^T over tokens.
         tokens: How many tokens were summed.
+        peak: float32 [in], the largest |x| of each input over tokens, 0 where there were none;
+            None: not known.
     """
 
     second_moment: Tensor
     tokens: int
+    peak: Tensor | None = None
 
 
 def effective_methods(option: Option, has_statistics: bool) -> dict[str, str]:
     """The method of every step that has methods: the one asked for, else the default.
 
-    Defaults: c obs, s wanda, r and residual whitened, w rtn. Where a layer has no statistics (an
-    unfolded convolution may have none) they are c and s magnitude, r and residual svd, w rtn.
+    Defaults: c obs, s wanda, v, r and residual whitened, w rtn. Where a layer has no statistics (an
+    unfolded convolution may have none) they are c and s magnitude, v, r and residual svd, w rtn.
 
     Raises:
-        InvalidInput: A method that needs statistics was asked for and there are none.
+        InvalidInput: A method, or a8s, that needs statistics was asked for and there are none.
     """
     asked = dict(option.methods)
+    if option.static_activations and not has_statistics:
+        raise InvalidInput(
+            f'option "{option}": a8s needs the range of the inputs and this layer has no'
+            f" statistics; ask for {replace(option, static_activations=False)}"
+        )
     for step, method in asked.items():
         if not has_statistics and method not in (*WITHOUT_STATISTICS, "rtn"):
             raise InvalidInput(
@@ -87,6 +99,7 @@ def refusal(option: Option, shape: LayerShape, rank_multiple: int = RANK_MULTIPL
         or residual_refusal(option, shape)
         or method_refusal(option, shape)
         or scaling_refusal(option, shape)
+        or range_refusal(option, shape)
     )
 
 
@@ -124,6 +137,7 @@ def format_of(
         residual_rank=option.residual_rank,
         outliers=outliers,
         input_scaled=option.scales_inputs,
+        static_activations=option.static_activations,
     )
 
 
@@ -161,6 +175,8 @@ def realize(
     left, kept = _sparsified(weight, option, methods, moment)
     plain = replace(format, residual_rank=None)
     tensors = encode(left, plain, kept, moment, methods.get("w"))
+    if option.static_activations:
+        tensors["activation_scale"] = scale_of(None if statistics is None else statistics.peak)
     stored = _finite(StoredWeight(plain, shape, tensors), option)
     if format.residual_rank is None:
         return stored
@@ -188,7 +204,9 @@ def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None
     if tuple(statistics.second_moment.shape) != (expected[1], expected[1]):
         sizes = list(statistics.second_moment.shape)
         raise InvalidInput(f"statistics are {sizes}, the layer has {expected[1]} inputs")
-    if not statistics.second_moment.isfinite().all():
+    peak = statistics.peak
+    finite = statistics.second_moment.isfinite().all() and (peak is None or peak.isfinite().all())
+    if not finite:
         raise InvalidInput("calibration inputs hold values that are not finite (NaN or infinite)")
 
 

@@ -10,9 +10,13 @@ consumers). With M the second moment of a consumer's inputs, W its weights and u
   others, 2023) of whole units, as FLAP (An and others, 2024) takes it for its Wanda-sp.
 - `chip`: the channel independence of CHIP (Sui and others, 2021), `independence`.
 - `obs`: one unit after the other, `_Elimination`.
+- `taylor`: the Fisher information of the unit's gate, which `gates.gate_scores` takes of the whole
+  model and hands in.
+- `first`: the last ones, whatever their weights: of a network trained for it (Yu and others, 2019,
+  "Slimmable Neural Networks").
 
-What several consumers lose is added up. All but `obs` are chosen at once. Of equal units the first
-goes first.
+What several consumers lose is added up, of `taylor` before it is squared. All but `obs` are chosen
+at once. Of equal units the first goes first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +39,7 @@ def removed_units(
     moments: Sequence[Tensor | None],
     count: int,
     method: str,
+    scores: Tensor | None = None,
 ) -> list[int]:
     """The numbers of the `count` units that go, the first to go first.
 
@@ -43,23 +48,43 @@ def removed_units(
         weights: [out, in], finite, of each cut of `width.cuts`.
         moments: float64 [in, in], the sum of x x^T, for each group of `width.groups`, or None.
         count: How many go, fewer than there are.
-        method: "magnitude", "wanda", "chip" or "obs".
+        method: "first", "magnitude", "wanda", "chip" or "obs".
+
+        scores: float64 [units], of `taylor`: those of least score go.
 
     Raises:
-        InvalidInput: The method needs the moment of a consumer that has none, or it is not finite.
+        InvalidInput: The method needs the moment of a consumer that has none, or scores, and there
+            are none or others than of these units.
     """
+    if method == "first":
+        return list(reversed(range(width.units - count, width.units)))
     if method == "magnitude":
         return _least(magnitude(width, weights), count)
+    if method == "taylor":
+        return _least(_checked(scores, width), count)
     consumers = _consumers(width, weights, moments, method)
     if method == "obs":
         return _eliminated(consumers, width.units, count)
-    scores = [SCORES[method](consumer) for consumer in consumers]
-    return _least(torch.stack(scores).sum(0), count)
+    lost = [SCORES[method](consumer) for consumer in consumers]
+    return _least(torch.stack(lost).sum(0), count)
 
 
 def places_of_units(cut: Cut, units: int) -> Tensor:
     """int64 [units, features], the rows (columns where `side` is "in") of every unit."""
     return torch.tensor([cut.places([unit], units) for unit in range(units)])
+
+
+def _checked(scores: Tensor | None, width: Width) -> Tensor:
+    if scores is None:
+        raise InvalidInput(
+            f"taylor needs gradients of the model's loss, and these {width.unit}s have none;"
+            " ask for obs, or for no method"
+        )
+    if tuple(scores.shape) != (width.units,):
+        raise InvalidInput(f"scores are {list(scores.shape)}, of {width.units} {width.unit}s")
+    if not scores.isfinite().all():
+        raise InvalidInput("gradients of the model's loss are not finite (NaN or infinite)")
+    return scores
 
 
 def _least(scores: Tensor, count: int) -> list[int]:

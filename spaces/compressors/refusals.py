@@ -23,6 +23,16 @@ def method_refusal(option: Option, shape: LayerShape) -> str | None:
     return None
 
 
+def range_refusal(option: Option, shape: LayerShape) -> str | None:
+    """The reason where one scale for all inputs needs their range, and calibration sees none."""
+    if not option.static_activations or shape.conv is None or shape.conv.groups == 1:
+        return None
+    return (
+        "a8s needs the range of the inputs, and grouped convolutions have no statistics;"
+        f" nearest: {replace(option, static_activations=False)}"
+    )
+
+
 def scaling_refusal(option: Option, shape: LayerShape) -> str | None:
     """The reason where the layer meets an input with several weights of a kernel, not with one."""
     if not option.scales_inputs or shape.conv is None or shape.conv.kernel == (1, 1):

@@ -15,7 +15,7 @@ from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Cut, Width
 
 EXPERT_METHODS = ("drop", "merge", "magnitude")
-UNIT_METHODS = ("obs", "wanda", "chip", "magnitude")
+UNIT_METHODS = ("obs", "wanda", "chip", "taylor", "first", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ def restructure(
     moments: Sequence[Tensor | None],
     percent: Decimal,
     method: str,
+    scores: Tensor | None = None,
 ) -> Narrowed:
     """A sub-block with P % of its units, those that `removed_units` leaves.
 
     Producers lose rows: what they compute for the units that stay is as before. Consumers lose
     columns and, where their inputs' moment is known, are corrected as `corrected` says, whatever
-    the method.
+    the method; but `first` is for weights that were trained to be narrower, and leaves them.
 
     Args:
         width: What the units are.
@@ -95,23 +96,25 @@ def restructure(
         moments: float64 [in, in], the sum of x x^T over what enters each group of `width.groups`;
             None: not known.
         percent: P.
-        method: "magnitude", "wanda", "chip" or "obs".
+        method: one of `UNIT_METHODS`.
+        scores: float64 [units] of `gates.gate_scores`, for `taylor`.
 
     Raises:
-        InvalidInput: No or all units would stay; a weight or a moment is not finite or does not fit
-            its member; the method needs a moment that is not known.
+        InvalidInput: No or all units would stay; a weight, a moment or a score is not finite or
+            does not fit its member; the method needs a moment or scores that are not known.
     """
     if reason := width_refusal(percent, width):
         raise InvalidInput(reason)
     given = [moment for group, moment in zip(width.groups, moments, strict=True) for _ in group]
     for cut, weight, moment in zip(width.cuts, weights, given, strict=True):
-        _check(cut, weight, moment)
+        check_weight(cut, weight, moment)
     count = width.units - kept_units(percent, width.units)
-    gone = set(removed_units(width, weights, moments, count, method))
+    gone = set(removed_units(width, weights, moments, count, method, scores))
     kept = tuple(unit for unit in range(width.units) if unit not in gone)
+    seen = [None] * len(given) if method == "first" else given
     narrowed = (
         _narrowed(cut, weight.detach().float(), moment, kept, width.units)
-        for cut, weight, moment in zip(width.cuts, weights, given, strict=True)
+        for cut, weight, moment in zip(width.cuts, weights, seen, strict=True)
     )
     return Narrowed(kept, tuple(narrowed))
 
@@ -165,7 +168,14 @@ def _narrowed(
     return weight[:, stay] if moment is None else corrected(weight, moment, stay)
 
 
-def _check(cut: Cut, weight: Tensor, moment: Tensor | None) -> None:
+def check_weight(cut: Cut, weight: Tensor, moment: Tensor | None) -> None:
+    """Raise InvalidInput unless a member's weight and the moment of its inputs are finite and fit.
+
+    Args:
+        cut: of the member.
+        weight: should be [out, in].
+        moment: should be [in, in], or None.
+    """
     path, shape = cut.member.path, cut.member.shape
     expected = (shape.out_features, shape.in_features)
     if tuple(weight.shape) != expected:

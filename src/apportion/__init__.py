@@ -7,17 +7,27 @@ if TYPE_CHECKING:
     from apportion.spaces.choice import Choice
     from apportion.spaces.loading import load
     from apportion.spaces.supernet import train_supernet
+    from apportion.spaces.unit_order import sort_units
     from apportion.studies.specification import StudySpec
     from apportion.studies.study import Study
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "Study", "StudySpec", "__version__", "load", "train_supernet"]
+__all__ = [
+    "Choice",
+    "Study",
+    "StudySpec",
+    "__version__",
+    "load",
+    "sort_units",
+    "train_supernet",
+]
 
 _HOMES = {
     "Choice": "apportion.spaces.choice",
     "Study": "apportion.studies.study",
     "StudySpec": "apportion.studies.specification",
     "load": "apportion.spaces.loading",
+    "sort_units": "apportion.spaces.unit_order",
     "train_supernet": "apportion.spaces.supernet",
 }
 

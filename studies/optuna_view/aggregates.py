@@ -44,7 +44,7 @@ class Aggregates:
     * `bits`: the cost of that name, exact.
     * `bits_early`, `bits_middle`, `bits_late`: of the first, second and last third of the weight
       sites in the model's order: the mean over sites of stored bits per weight. Dropped: 0.
-      Residuals are left out, their size depends on the layer.
+      Residuals, and what `v` saves, are left out: their size depends on the layer.
     * `share_FAMILY`: the share of weight sites that are dense (in any dtype), quantized, sparse
       (channels removed included), low_rank (residuals included), dropped (with what they lie in).
       `s50%+w4g64` counts for two. Only families that the study's space offers.
@@ -134,7 +134,7 @@ def _families(option: Option) -> frozenset[str]:
     has = {
         QUANTIZED: option.bits,
         SPARSE: option.sparsity or option.keep_percent,
-        LOW_RANK: option.rank_percent or option.residual_rank,
+        LOW_RANK: option.rank_percent or option.value_percent or option.residual_rank,
         DROPPED: option.drops,
         DENSE: option.name not in (None, *STRUCTURE_NAMES),
     }

@@ -11,18 +11,22 @@ from apportion.spaces.bank import entry_key
 from apportion.spaces.calibration import Sums
 from apportion.spaces.degenerate import degeneracy, is_unreached
 from apportion.spaces.grammar import Option
+from apportion.spaces.outlier_ratios import outlier_ratios
+from apportion.spaces.realization import source_hashes
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DROP_MEAN, Space
-from apportion.spaces.statistics import StatisticsFiles, write_statistics
+from apportion.spaces.statistics import GATES, StatisticsFiles, write_statistics
 from apportion.spaces.streaming import Portion, portions, stream
 from apportion.studies.context import RANK_MULTIPLE, Context, Output
 from apportion.studies.evaluations import Stopped
 from apportion.studies.filling import fill
+from apportion.studies.specification.sections import OWL
+from apportion.studies.stages.gates import Gates
 from apportion.workers.realizer import Realize
 
 CALIBRATION_BATCH = 16
 # Raise it when calibration gives other numbers for the same data.
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 Index = dict[str, dict[str, str]]
 
 
@@ -32,16 +36,17 @@ class Statistics:
     def __init__(self, context: Context, space: Space) -> None:
         self.context = context
         self.portions = portions(space.input_sites, context.setting.blocks, space.mean_sites)
+        self.gates = Gates(context, space)
 
     @property
     def files(self) -> dict[str, Path]:
-        """The file of each site's, by the names of its inputs."""
+        """The file of each site's, by the names of its inputs and of its gates."""
         found: dict[str, Path] = {}
         for portion in self.portions:
             names = [name for site in portion.sites for name in site.input_names]
             names += [site.name for site in portion.added]
             found |= dict.fromkeys(names, self.path(portion))
-        return found
+        return found | self.gates.files
 
     def path(self, portion: Portion) -> Path:
         """The cache file of a block, named by what its statistics are of."""
@@ -59,6 +64,10 @@ class Statistics:
             InvalidInput: calibration data that cannot be used.
             Stopped: the user asked to stop.
         """
+        self._collect_inputs()
+        self.gates.collect()
+
+    def _collect_inputs(self) -> None:
         missing = [portion for portion in self.portions if not self.path(portion).is_file()]
         if not missing:
             return
@@ -118,7 +127,11 @@ def run(context: Context, space: Space) -> Output:
             "weights are compressed by themselves (rtn unweighted, magnitude, svd)"
         )
     unreached = _tell_degenerate(context, space, sites, files)
-    return {"index": index, "entries": total, "unreached": unreached}
+    output = {"index": index, "entries": total, "unreached": unreached}
+    if OWL in context.spec.search.start:
+        seen = StatisticsFiles(files)
+        output["outliers"] = outlier_ratios(context.model, space, context.setting.blocks, seen)
+    return output
 
 
 def _tell_degenerate(
@@ -198,7 +211,8 @@ def _index(
         if weight_options:
             hashes = [statistics.hash(name) for name in site.input_names]
             found = hashes[0] if len(hashes) == 1 else content_hash(hashes)
-            keys |= _keys(context, site, weight_options, found)
+            for more, alike in _by_what_they_take(site, weight_options, statistics).items():
+                keys |= _keys(context, site, alike, content_hash([found, *more]) if more else found)
             if None in hashes:
                 unseen.append(site.name)
         means = [option for option in options if option.drops]
@@ -206,6 +220,21 @@ def _index(
             keys |= _keys(context, site, means, statistics.added(site.name).hash)
         index[site.name] = keys
     return index, unseen
+
+
+def _by_what_they_take(
+    site: Site, options: Sequence[Option], statistics: StatisticsFiles
+) -> dict[tuple[str | None, ...], list[Option]]:
+    """Hashes of what options take of the data beside second moments -> those options."""
+    found: dict[tuple[str | None, ...], list[Option]] = {}
+    for option in options:
+        more: list[str | None] = []
+        if option.needs_gates:
+            more.append(tensors_hash({"gates": statistics.gates(site.name)}))
+        if option.static_activations:
+            more += [statistics.peak_hash(name) for name in site.input_names]
+        found.setdefault(tuple(more), []).append(option)
+    return found
 
 
 def _stored_options(space: Space, place: int) -> list[Option]:
@@ -223,14 +252,11 @@ def _weight_options(space: Space, place: int) -> list[Option]:
 def _keys(
     context: Context, site: Site, options: Sequence[Option], statistics_hash: str | None
 ) -> dict[str, str]:
-    members = [member for group in site.groups for member in group]
-    weights_hash = tensors_hash({m.path: member_weight(context.model, m) for m in members})
-    if site.width is not None:
-        weights_hash = content_hash([weights_hash, site.width.to_json()])
+    made_from = source_hashes(context.model, site, options)
     dtype = context.spec.model.dtype
     return {
         str(option): entry_key(
-            weights_hash,
+            made_from[str(option)],
             option,
             statistics_hash if option.needs_statistics else None,
             dtype,
@@ -254,7 +280,12 @@ def _missing(
         # What a sub-block is given lies in one block, and so in one file, as what it adds does.
         return str(files[next(name for name in (site.name, *site.input_names) if name in files)])
 
-    works = [Realize(name, keys, file(sites[name])) for name, keys in wanted.items() if keys]
+    def gates(name: str) -> str | None:
+        return str(files[f"{name}{GATES}"]) if f"{name}{GATES}" in files else None
+
+    works = [
+        Realize(name, keys, file(sites[name]), gates(name)) for name, keys in wanted.items() if keys
+    ]
 
     def numbers(work: Realize) -> int:
         groups = sites[work.site].groups

@@ -162,3 +162,20 @@ def test_treatments_are_struck_where_they_beat_nothing_of_what_lies_below(tiny, 
     assert struck(space, type(cost)(rows, cost.base), [])["blocks.0.mlp"] == ["c50%"]
     rows[place, 1] = dense - 1
     assert "blocks.0.mlp" not in struck(space, type(cost)(rows, cost.base), [])
+
+
+def test_weight_bytes_of_a_fixed_activation_scale_equal_the_written_file(
+    tiny, sample, tmp_path: Path
+) -> None:
+    entries = [Entry(("linear:blocks.*",), ("w8a8", "w8a8s"))]
+    space = build_space(discover(tiny, sample).sites, entries)
+    cost, shape = weight_bytes(tiny, space), shape_of(space)
+    stored, predicted = random_weights(space, "float32", 8), []
+    for text in ("w8a8", "w8a8s"):
+        chosen = space.canonical({site.name: text for site in space.sites})
+        plan = Plan(space, chosen, stored, AnyImplementation())
+        save_file(contents(tiny, plan)[0], tmp_path / text)
+        predicted.append(cost.base + shape.total(cost.rows, space.config(chosen)))
+        assert predicted[-1] == payload(tmp_path / text)
+    members = sum(len(site.members) for site in space.sites)
+    assert predicted[1] - predicted[0] == 4 * members

@@ -17,6 +17,8 @@ def _random(name: str, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tenso
         return torch.randint(0, 256, size, dtype=torch.uint8)
     if name == "input_scale":
         return (torch.rand(size) + 0.5).to(dtype)
+    if name == "activation_scale":
+        return torch.full(size, 0.02, dtype=dtype)  # of normal inputs one in a hundred saturates
     values = torch.rand(size) * 0.01 + 0.001 if name == "scale" else torch.randn(size) * 0.1
     return values.to(dtype)
 

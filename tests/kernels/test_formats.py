@@ -36,6 +36,9 @@ def formats(draw: st.DrawFn) -> Format:
     symmetric = bits == TERNARY_BITS or draw(st.booleans())
     outliers = None if bits == 8 else draw(st.none() | st.integers(1, 99))
     common |= {"outliers": outliers, "input_scaled": draw(st.booleans())}
+    if bits == 8 and draw(st.booleans()):
+        static = draw(st.booleans())
+        return Format(dtype, 8, None, True, activation_bits=8, static_activations=static)
     return Format(dtype, bits, group, symmetric, **common)
 
 
@@ -61,6 +64,11 @@ def test_stored_bytes_are_the_bytes_of_the_tensors(format: Format, seed: int) ->
         (Format("float32", 3, 32, outliers=31), None, 1152 + 384 + 31 * 3 + 6),
         (Format("float32", 2, 64, sparse=True, outliers=100), 1001, 384 + 251 + 192 + 300 + 14),
         (Format("float32", 4, 16, input_scaled=True), None, 48 * 64 // 2 + 48 * 16 + 64 * 2),
+        (
+            Format("bfloat16", 8, symmetric=True, activation_bits=8, static_activations=True),
+            None,
+            48 * 64 + 48 * 2 + 4,
+        ),
         (Format("float32", rank=10), None, 112 * 10 * 4),
         (Format("float32", 2, 64, residual_rank=3), None, 768 + 192 + 112 * 3 * 2),
     ],
@@ -126,6 +134,8 @@ def test_unknown_field_is_refused() -> None:
         {"input_scaled": True},
         {"rank": 8, "input_scaled": True},
         {"bits": 8, "symmetric": True, "activation_bits": 8, "input_scaled": True},
+        {"static_activations": True},
+        {"bits": 8, "symmetric": True, "static_activations": True},
     ],
 )
 def test_contradictions_are_refused(parts: dict[str, Any]) -> None:

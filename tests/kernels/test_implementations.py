@@ -1,6 +1,7 @@
 """Every implementation against the reference definition, on each kind of format it serves."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,12 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apportion.errors import InvalidInput
 from apportion.kernels.formats import ConvGeometry, Format, LayerShape, StoredWeight
 from apportion.kernels.group import resident_bytes
-from apportion.kernels.reference import ReferenceLayer, quantize_tokens, reference_weight
+from apportion.kernels.integer_linear import unsigned_codes, unsigned_tokens
+from apportion.kernels.reference import (
+    ReferenceLayer,
+    quantize_by,
+    quantize_tokens,
+    reference_layer,
+    reference_weight,
+)
 from apportion.kernels.registry import IMPLEMENTATIONS
 
 W8A8 = Format("float32", 8, symmetric=True, activation_bits=8)
+W8A8S = replace(W8A8, static_activations=True)
 FORMATS = {
     "f32": Format("float32"),
     "bf16": Format("bfloat16"),
@@ -27,6 +37,8 @@ FORMATS = {
     "w8": Format("float32", 8, symmetric=True),
     "w8a8": W8A8,
     "w8a8 of bf16": Format("bfloat16", 8, symmetric=True, activation_bits=8),
+    "w8a8s": W8A8S,
+    "w8a8s of bf16": replace(W8A8S, dtype="bfloat16"),
     "s60%": Format("float32", sparse=True),
     "s60%+w1.58": Format("float32", 1.58, symmetric=True, sparse=True),
     "s60%+w2g32": Format("float32", 2, 32, sparse=True),
@@ -89,10 +101,8 @@ def group(
     """The built operator, its first member with a bias, the next without, and its reference."""
     weights = [store(format, shape, seed) for seed, shape in enumerate(shapes)]
     biases = [torch.randn(s.out_features) if i % 2 == 0 else None for i, s in enumerate(shapes)]
-    references = [
-        ReferenceLayer(reference_weight(weight), bias, format, weight.shape)
-        for weight, bias in zip(weights, biases, strict=True)
-    ]
+    pairs = zip(weights, biases, strict=True)
+    references = [reference_layer(weight, bias) for weight, bias in pairs]
     return IMPLEMENTATIONS[name].build(weights, biases), references
 
 
@@ -198,13 +208,45 @@ def test_worst_integer_sums_do_not_saturate(store: Any) -> None:
 
 
 def test_activations_are_rounded_as_in_the_reference() -> None:
-    from apportion.kernels.integer_linear import unsigned_tokens
-
     x = torch.randn(500, 64) * torch.logspace(-20, 20, 500)[:, None]
     x[:, :8] = x.abs().amax(-1, keepdim=True) * torch.arange(8) / 254  # halves: ties
     codes, scale = unsigned_tokens(x)
     expected, expected_scale = quantize_tokens(x)
     assert torch.equal(codes.float() - 128, expected) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 0.013, 0.25, 3e30])
+def test_activations_are_rounded_by_a_fixed_scale_as_in_the_reference(scale: float) -> None:
+    spread = torch.logspace(-3, 6, 500)[:, None] * torch.tensor(scale)
+    x = torch.cat([torch.randn(500, 64) * spread, torch.arange(-255, 257).view(8, 64) * scale / 2])
+    edges = torch.tensor([0.0, -0.0, 3.4e38, -3.4e38]).repeat(1, 16)  # halves above: ties
+    x = torch.cat([x, edges]).clamp(-3.4e38, 3.4e38)
+    expected = quantize_by(x, torch.tensor([scale]))
+    assert torch.equal(unsigned_codes(x, scale_of(scale)).float() - 128, expected)
+    assert (expected.min(), expected.max()) == (-127, 127)
+
+
+def scale_of(scale: float) -> float:
+    """As a float32 holds it."""
+    return float(torch.tensor(scale))
+
+
+def test_zero_instead_of_a_fixed_scale_gives_each_token_its_own(store: Any) -> None:
+    static = store(W8A8S, LINEAR[0])
+    static.tensors["activation_scale"].zero_()
+    plain = {name: t for name, t in static.tensors.items() if name != "activation_scale"}
+    dynamic = StoredWeight(W8A8, LINEAR[0], plain)
+    x = torch.randn(5, 128) * torch.logspace(-3, 3, 5)[:, None]
+    for name in ("int8.onednn", "int8.reference"):
+        build = IMPLEMENTATIONS[name].operator
+        assert torch.equal(build([static], [None])(x)[0], build([dynamic], [None])(x)[0])
+
+
+def test_group_of_different_fixed_scales_is_refused(store: Any) -> None:
+    weights = [store(W8A8S, shape) for shape in LINEAR[:2]]
+    weights[1].tensors["activation_scale"].mul_(2)
+    with pytest.raises(InvalidInput, match="have one scale of their input"):
+        IMPLEMENTATIONS["int8.onednn"].build(weights, [None, None])
 
 
 @pytest.mark.parametrize("name", ["int8.onednn"])
@@ -216,13 +258,26 @@ def test_silent_tokens_give_the_bias(name: str, store: Any) -> None:
     assert torch.equal(operator(x)[0][2], bias)
 
 
-def test_activations_that_are_not_finite_are_not_hidden(store: Any) -> None:
-    operator = IMPLEMENTATIONS["int8.onednn"].build([store(W8A8, LINEAR[0])], [None])
-    for spoiled in (float("nan"), float("inf")):
+@pytest.mark.parametrize("name", ["int8.onednn", "int8.reference"])
+@pytest.mark.parametrize("format", [W8A8, W8A8S])
+def test_activations_that_are_not_finite_are_not_hidden(
+    name: str, format: Format, store: Any
+) -> None:
+    operator = IMPLEMENTATIONS[name].operator([store(format, LINEAR[0])], [None])
+    for spoiled in (float("nan"), float("inf"), float("-inf")):
         x = torch.randn(2, 128)
         x[0, 5] = spoiled
         y = operator(x)[0]
         assert not y[0].isfinite().any() and y[1].isfinite().all()
+
+
+def test_sums_of_finite_activations_that_overflow_hide_nothing_and_spoil_nothing(
+    store: Any,
+) -> None:
+    stored = store(W8A8S, LINEAR[0])
+    (y,) = IMPLEMENTATIONS["int8.onednn"].build([stored], [None])(torch.full((2, 128), 3e38))
+    assert_close(y, reference_layer(stored, None)(torch.full((2, 128), 3e38)), 1e-6)
+    assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("label", ["w4g32", "w8", "w4g32:awq", "w8:awq"])

@@ -12,12 +12,16 @@ from apportion.kernels.packing import pack_codes, pack_mask
 from apportion.kernels.positions import pack_positions
 from apportion.kernels.reference import (
     ReferenceLayer,
+    activation_scale,
     integer_rows,
+    quantize_by,
     quantize_tokens,
+    reference_layer,
     reference_weight,
 )
 
 W8A8 = Format("float32", 8, symmetric=True, activation_bits=8)
+W8A8S = Format("float32", 8, symmetric=True, activation_bits=8, static_activations=True)
 
 
 def tensor(values: Any, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -142,6 +146,48 @@ def test_tokens_are_quantized_to_the_nearest(row: list[float]) -> None:
     largest = max(map(abs, row))
     assert torch.all((codes * scale - torch.tensor([row])).abs() <= 0.50001 * scale)
     assert largest < 1e-30 or math.isclose(float(scale), largest / 127, rel_tol=1e-6)
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9),
+    st.floats(0.0078125, 100, width=32),
+)
+def test_fixed_scale_rounds_to_the_nearest_and_saturates(row: list[float], scale: float) -> None:
+    codes = quantize_by(torch.tensor([row]), torch.tensor([scale]))
+    assert torch.equal(codes, codes.round())
+    lost = codes.double() * scale - torch.tensor([row]).double()
+    beyond = torch.tensor([row]).double().abs() - 127 * scale
+    assert torch.all(lost.abs() <= torch.maximum(beyond, torch.tensor(0.5001 * scale)) * 1.0001)
+
+
+@pytest.mark.parametrize("conv", [None, ConvGeometry((3, 3), (2, 1), (1, 1), (1, 1))])
+def test_layer_of_a_fixed_scale_equals_a_float64_reference(
+    conv: ConvGeometry | None, store: Any
+) -> None:
+    shape = LayerShape(6, 36, conv)
+    stored, bias = store(W8A8S, shape), torch.randn(6)
+    stored.tensors["activation_scale"].fill_(0.0123)
+    x = torch.randn(5, 36) if conv is None else torch.randn(2, 4, 7, 6)
+    scale = stored.tensors["activation_scale"].double()
+    rounded = (x.double() / scale).round().clamp(-127, 127) * scale
+    assert (x.abs() > 127 * scale).any()
+    weight = reference_weight(stored).double()
+    if conv is None:
+        exact = rounded @ weight.T + bias.double()
+    else:
+        kernel, step = weight.view(6, 4, 3, 3), dict(stride=(2, 1), padding=(1, 1))
+        exact = torch.nn.functional.conv2d(rounded, kernel, bias.double(), **step)
+    found = reference_layer(stored, bias)(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_fixed_scale_is_that_of_static_formats_and_above_zero(store: Any) -> None:
+    stored = store(W8A8S, LayerShape(4, 8))
+    assert activation_scale(stored) is stored.tensors["activation_scale"]
+    stored.tensors["activation_scale"].zero_()
+    assert activation_scale(stored) is None
+    assert activation_scale(store(W8A8, LayerShape(4, 8))) is None
 
 
 def test_zero_token_gives_its_bias() -> None:

@@ -12,6 +12,7 @@ from apportion.kernels.registry import IMPLEMENTATIONS, implementation, refusals
 W4 = Format("float32", 4, 64)
 W8 = Format("float32", 8, symmetric=True)
 W8A8 = Format("float32", 8, symmetric=True, activation_bits=8)
+W8A8S = Format("float32", 8, symmetric=True, activation_bits=8, static_activations=True)
 SCALED_W4 = Format("float32", 4, 64, input_scaled=True)
 SCALED_W8 = Format("float32", 8, symmetric=True, input_scaled=True)
 LAYER = LayerShape(32, 128)
@@ -44,6 +45,7 @@ def names(format: Format, shape: LayerShape = LAYER) -> list[str]:
         (Format("float32", 8, 64, symmetric=True), ["linear.f32", "linear.bf16"]),
         (SCALED_W8, ["linear.f32", "linear.bf16", "int8pack.bf16"]),
         (W8A8, ["int8.onednn"]),
+        (W8A8S, ["int8.onednn"]),
         (Format("float32", sparse=True), ["linear.f32"]),
         (Format("float32", rank=8), ["linear.f32", "low_rank.f32"]),
         (Format("bfloat16", rank=8), ["linear.bf16", "low_rank.bf16"]),
@@ -69,6 +71,7 @@ def test_8_bit_operator_leaves_alone_what_it_crashes_on(inputs: int) -> None:
         (Format("float32", rank=4, input_rank=2), ["conv.f32"]),
         (Format("bfloat16", rank=4), ["conv.bf16"]),
         (W8A8, ["int8.reference"]),
+        (W8A8S, ["int8.reference"]),
     ],
 )
 def test_convolutions_are_served_by(format: Format, expected: list[str]) -> None:

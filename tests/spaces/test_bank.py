@@ -18,7 +18,7 @@ from apportion.spaces.stored import StoredSite
 
 OPTIONS = """f32 bf16 w2 w3 w4 w8 w2g16 w3g32 w4g32 w4g32s w8g16 w8a8 s50% s62.5%:magnitude r50%
 r50%:svd w4g32+r4 w2+r8:svd s50%+r4 s50%+w4g32 s60%+w3 s50%+w4g16+r4 w3g16:awq
-s50%+w4g16:awq+o1%+r4""".split()
+s50%+w4g16:awq+o1%+r4 w8a8s""".split()
 # The weights have few bits, so that sums of them hardly round: the hash is the same with and
 # without vector instructions. Singular values are the library's, and are compared by their error.
 GOLDEN_OPTIONS = "bf16 w2 w3g16 w4g32s w4 w8 w8g16 w8a8 s50% s50%:magnitude s60%+w4g16".split()
@@ -35,7 +35,7 @@ def weight(out=24, inputs=32):
 
 def statistics(inputs=32):
     moment = torch.diag(torch.arange(1, inputs + 1, dtype=torch.float64))
-    return InputStatistics(moment, inputs)
+    return InputStatistics(moment, inputs, torch.arange(1, inputs + 1, dtype=torch.float32))
 
 
 def stored(text, shape=None):

@@ -36,6 +36,8 @@ def test_collect_sums_second_moments_over_all_batches():
     inner = oracle(model[0](rows))
     torch.testing.assert_close(found["1"].second_moment, inner, rtol=1e-5, atol=1e-5)
     assert found["0"].tokens == found["1"].tokens == 2 * (3 + 7 + 4)
+    assert torch.equal(found["0"].peak, rows.abs().amax(0))
+    torch.testing.assert_close(found["1"].peak, model[0](rows).abs().amax(0))
     assert found["0"].second_moment.dtype == torch.float64
 
 
@@ -81,6 +83,7 @@ def test_collect_of_a_pointwise_convolution_equals_the_oracle(images):
     rows = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, 4) for x in images])
     moment = watched(model, images)["0"].second_moment
     torch.testing.assert_close(moment, oracle(rows), rtol=1e-5, atol=1e-5)
+    assert torch.equal(watched(model, images)["0"].peak, rows.abs().amax(0))
 
 
 def test_collect_leaves_grouped_convolutions_out(make_model, make_batch):

@@ -376,6 +376,7 @@ def test_experts_that_no_token_came_to_go_by_their_norms():
         ("listed", "c80%:merge+w4", None),
         ("stacked", "c40%", None),
         ("listed", "c80%:obs", "obs does not say which experts go; drop, merge, magnitude do"),
+        ("listed", "c80%:taylor", "taylor does not say which experts go; drop, merge, magnitude"),
         ("listed", "c30%", "keeps 1 of 5 experts and a token is given to 2; at least c40%"),
         ("listed", "c10%", "keeps 0 of 5 experts and a token is given to 2; at least c40%"),
         ("biased", "c80%:merge", "merge puts the channels of an expert into another one's order"),
@@ -392,7 +393,8 @@ def test_options_that_do_not_fit_experts_say_why(form, option, reason):
 def test_heads_and_channels_have_no_methods_of_experts(make_model, make_batch):
     width = site_of(make_model("llama"), make_batch("llama"), "model.layers.1.mlp").width
     told = treatment_refusal(parse_option("c50%:merge"), width, 8)
-    assert told == "merge does not say which channels go; obs, wanda, chip, magnitude do"
+    methods = "obs, wanda, chip, taylor, first, magnitude"
+    assert told == f"merge does not say which channels go; {methods} do"
 
 
 class All(Listed):

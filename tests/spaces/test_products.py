@@ -82,6 +82,9 @@ def test_matrix_of_a_stack_has_the_moment_of_its_own_inputs(name):
     for found, rows in zip(sums.values(), expected, strict=True):
         oracle = sum(moment(batch[rows]) for batch in batches)
         torch.testing.assert_close(found.second_moment, oracle, rtol=1e-5, atol=1e-6)
+        seen = torch.cat([batch[rows].reshape(-1, IN) for batch in batches])
+        largest = seen.abs().amax(0) if len(seen) else torch.zeros(IN)
+        torch.testing.assert_close(found.peak, largest)
         assert found.tokens == 2 * len(rows)
 
 

@@ -1,6 +1,7 @@
 """Statistics files: safetensors, whole or not at all, read a site at a time."""
 
 import errno
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from apportion.spaces.compressors.compose import InputStatistics
-from apportion.spaces.statistics import read_statistics, write_statistics
+from apportion.spaces.statistics import StatisticsFiles, read_statistics, write_statistics
 
 
-def statistics(width, tokens):
-    return InputStatistics(torch.randn(width, width, dtype=torch.float64), tokens)
+def statistics(width, tokens, peak=None):
+    return InputStatistics(torch.randn(width, width, dtype=torch.float64), tokens, peak)
 
 
 @given(st.dictionaries(st.text(max_size=9), st.integers(1, 9), max_size=4), st.integers(0, 1 << 40))
@@ -38,6 +39,19 @@ def test_file_is_safetensors(tmp_path):
     assert found.keys() == {"a", "a:n", "b.c+d", "b.c+d:n"}
     assert torch.equal(found["b.c+d"], sites["b.c+d"].second_moment)
     assert (found["a:n"].item(), found["b.c+d:n"].item()) == (7, 8)
+
+
+def test_peaks_are_read_back_and_change_a_hash_of_their_own_alone(tmp_path):
+    one = statistics(3, 7, torch.tensor([1.0, 2.0, 0.0]))
+    other = replace(one, peak=torch.tensor([1.0, 2.5, 0.0]))
+    sites = {"one": one, "other": other, "none": replace(one, peak=None)}
+    write_statistics(tmp_path / "written", sites)
+    files = StatisticsFiles(dict.fromkeys((*sites, "no site"), tmp_path / "written"))
+    assert torch.equal(files.of("other").peak, other.peak) and files.of("none").peak is None
+    assert files.of("other").peak.dtype == torch.float32
+    assert len({files.hash(name) for name in sites}) == 1
+    assert len({files.peak_hash(name) for name in sites}) == 3
+    assert files.peak_hash("none") is None and files.peak_hash("no site") is None
 
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -264,7 +264,8 @@ def test_stream_holds_the_statistics_of_one_block(make_model, make_batch, tmp_pa
     alive, most, sizes = weakref.WeakSet(), [0], []
 
     def kept(portion, sums):
-        sizes.append(sum(found.second_moment.nbytes for found in sums.values()))
+        held = (found.second_moment.nbytes + found.peak.nbytes for found in sums.values())
+        sizes.append(sum(held))
 
     def zeros(*size, dtype):
         made = torch.empty(*size, dtype=dtype).zero_()

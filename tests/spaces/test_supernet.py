@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from apportion import Choice, train_supernet
 from apportion.errors import InvalidInput
 from apportion.hashing import tensors_hash
-from apportion.spaces.choice import find_choices
-from apportion.spaces.supernet import extremes, select
+from apportion.spaces.elastic import trained_space
+from apportion.spaces.subnetworks import Supernet, extremes
 
 WIDTH, CLASSES = 8, 3
 
@@ -148,29 +148,40 @@ def test_fair_steps_are_the_last_ones(tmp_path):
     assert seen[:12:2] == ["wide"] * 6
 
 
+def supernet_of(model: nn.Module) -> Supernet:
+    return Supernet(model, trained_space(model, {}, lambda: pytest.fail("asked for a batch")))
+
+
+def subnetworks(supernet: Supernet) -> list[dict[str, str]]:
+    """All of them."""
+    names = supernet.space.names
+    chosen = itertools.product(*supernet.space.texts)
+    return [dict(zip(names, texts, strict=True)) for texts in chosen]
+
+
 @pytest.mark.parametrize("make", [perceptron, Convolutional, Transformer])
 def test_extremes_are_those_of_all_subnetworks(make):
-    choices = dict(find_choices(make(), {}))
+    supernet = supernet_of(make())
+    choices = supernet.choices
 
     def size(subnetwork) -> int:
-        active = (choices[path].alternatives[name] for path, name in subnetwork.items())
+        names = {path: option.removeprefix("op:") for path, option in subnetwork.items()}
+        active = (choices[path].alternatives[name] for path, name in names.items())
         return sum(p.numel() for module in active for p in module.parameters())
 
-    names = itertools.product(*(choice.names for choice in choices.values()))
-    sizes = [size(dict(zip(choices, chosen, strict=True))) for chosen in names]
-    assert tuple(map(size, extremes(choices))) == (max(sizes), min(sizes))
+    sizes = [size(each) for each in subnetworks(supernet)]
+    assert tuple(map(size, extremes(supernet))) == (max(sizes), min(sizes))
 
 
 @pytest.mark.parametrize("make", [perceptron, Convolutional, Transformer])
 def test_every_subnetwork_learns(make, tmp_path):
-    model = train(seeded(make), tmp_path, steps=150, learning_rate=0.02)
-    choices = dict(find_choices(model, {}))
+    supernet = supernet_of(train(seeded(make), tmp_path, steps=150, learning_rate=0.02))
     torch.manual_seed(1)
     x, labels = (tokens if make is Transformer else batch)(0)
-    for names in itertools.product(*(choice.names for choice in choices.values())):
-        select(choices, dict(zip(choices, names, strict=True)))
+    for subnetwork in subnetworks(supernet):
         with torch.no_grad():
-            assert over_positions(model(x), labels) < 0.6 * math.log(CLASSES)
+            output = supernet.run(subnetwork, x)
+            assert over_positions(output, labels) < 0.6 * math.log(CLASSES)
 
 
 @pytest.mark.parametrize("make", [perceptron, Transformer])

@@ -493,3 +493,37 @@ def test_a_width_that_keeps_no_unit_is_refused():
     width, weights, _, moments = _case(0, 4)
     with pytest.raises(InvalidInput, match="c10% keeps none of 4 channels; at least c25%"):
         restructure(width, weights, moments, Decimal(10), "obs")
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-300, 1.0, 2.0, 1e30]), min_size=2, max_size=9), st.integers()
+)
+def test_taylor_leaves_out_the_units_of_least_score_and_of_equal_ones_the_first(scores, seed):
+    width = _width(len(scores))
+    count = seed % len(scores)
+    found = removed_units(width, [], [], count, "taylor", torch.tensor(scores, dtype=torch.float64))
+    assert found == sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))[:count]
+
+
+def test_after_taylor_the_columns_that_stay_are_corrected_as_after_other_methods():
+    width, weights, _, moments = _case(0, 8, 2)
+    scores = torch.tensor([3, 0, 5, 1, 7, 2, 6, 4], dtype=torch.float64)
+    found = restructure(width, weights, moments, HALF, "taylor", scores)
+    assert found.kept == (2, 4, 6, 7)
+    stay = torch.tensor(width.cuts[1].places(found.kept, 8))
+    assert torch.equal(found.weights[1], corrected(weights[1], moments[1], stay))
+
+
+@pytest.mark.parametrize(
+    "scores, reason",
+    [
+        (None, "taylor needs gradients of the model's loss, and these channels have none; ask for"),
+        (torch.ones(7), r"scores are \[7\], of 8 channels"),
+        (torch.ones(8) / 0, "gradients of the model's loss are not finite"),
+    ],
+)
+def test_taylor_without_scores_that_fit_is_refused(scores, reason):
+    width, weights, _, moments = _case()
+    with pytest.raises(InvalidInput, match=reason):
+        restructure(width, weights, moments, HALF, "taylor", scores)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -12,7 +13,8 @@ from apportion.hashing import tensors_hash
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import entry_key
 from apportion.spaces.calibration import collect
-from apportion.spaces.compressors.compose import realize
+from apportion.spaces.compressors.compose import InputStatistics, realize
+from apportion.spaces.statistics import StatisticsFiles
 from apportion.studies.cli.display import QuietDisplay, QuietStage, Stage
 from apportion.studies.context import RANK_MULTIPLE, Context
 from apportion.studies.database import Store
@@ -233,6 +235,26 @@ def test_experts_in_a_stack_have_methods_that_need_their_tokens(
     (told,) = recording(context).warnings
     assert "weight sites are degenerate, 0.weight.2 for one: no calibration data entered it" in told
     assert output["unreached"] == ["0.weight.2", "1.weight.2"]
+
+
+def test_range_of_inputs_names_no_entry_but_those_with_a_fixed_scale(
+    opened: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("w8", "w8a8", "w8a8s", "s50%")
+    index = compress.run(first := opened("chain", options), first.setting.space)["index"]
+    others = compress.run(less := opened("chain", ("w8", "s50%")), less.setting.space)["index"]
+
+    def wider(files: StatisticsFiles, site: str) -> InputStatistics | None:
+        found = of(files, site)
+        return found and replace(found, peak=2 * found.peak)
+
+    of = StatisticsFiles.of
+    monkeypatch.setattr(StatisticsFiles, "of", wider)
+    again = compress.run(second := opened("chain", options), second.setting.space)["index"]
+    for site, keys in index.items():
+        changed = [text for text in keys if keys[text] != again[site][text]]
+        assert changed == ["w8a8s"] and len(keys) == 4
+        assert {text: keys[text] for text in others[site]} == others[site]
 
 
 def test_mean_of_what_blocks_add_is_in_the_bank_beside_what_there_was(

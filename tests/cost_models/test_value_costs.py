@@ -1,0 +1,53 @@
+"""What attention with fewer value dimensions costs, where its number of heads cannot change."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from apportion.cost_models.profile import measure_profile
+from apportion.cost_models.requests import RequestItem
+from apportion.cost_models.session import Timing
+from apportion.spaces.batches import frozen
+from apportion.spaces.discovery import discover
+from apportion.spaces.entries import Entry, build_space
+
+WIDTH, HEADS = 64, 4
+
+
+class Attention(nn.Module):
+    """Reads its number of heads from an attribute, as GPT-2 does from its configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.heads = HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.heads, WIDTH // self.heads)
+        q, k, v = (y.view(shape).transpose(1, 2) for y in self.qkv(x).split(WIDTH, -1))
+        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+
+def test_fewer_value_dimensions_take_the_time_of_their_layers_and_of_attention() -> None:
+    torch.manual_seed(0)
+    model, sample = frozen(nn.Sequential(Block(), Block())), torch.randn(2, 8, WIDTH)
+    sites = discover(model, sample).sites
+    space = build_space(sites, [Entry(("attention:*",), ("keep", "drop", "v50%", "v50%+w8"))])
+    assert space.sites[0].width is None and space.sites[0].values is not None
+    profile = measure_profile(
+        model, space, [RequestItem("forward", batch=2)], sample, known={},
+        record=lambda made: None, threads=1, configurations=12,
+        timing=Timing(operator_seconds=0.01, model_seconds=0.02),
+    )  # fmt: skip
+    assert set(profile.implementations["0.attention"]) == {"v50%", "v50%+w8"}
+    keep, drop, half, _ = profile.rows[0]
+    assert keep > drop and half > drop
