@@ -19,7 +19,8 @@ from apportion.kernels.group import members as group_members
 from apportion.kernels.registry import implementation, serving
 from apportion.spaces.apply import WRITTEN_BACK, bias_of
 from apportion.spaces.grammar import Option
-from apportion.spaces.parts import Part, parts
+from apportion.spaces.padding import Padding, paddings
+from apportion.spaces.parts import Part, first_units, parts, treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import Space
 
@@ -50,6 +51,7 @@ class Operator:
         biases: which members have one.
         given: their input.
         threads: intra-op threads.
+        padded: of each member what it is padded by, or None; empty: none is.
     """
 
     implementation: str
@@ -59,11 +61,12 @@ class Operator:
     biases: tuple[bool, ...]
     given: Given
     threads: int
+    padded: tuple[Padding | None, ...] = ()
 
     @cached_property
     def description(self) -> dict[str, Any]:
         """All of it as JSON."""
-        return {
+        described = {
             "implementation": self.implementation,
             "layers": list(self.layers),
             "formats": [f.to_json() for f in self.formats],
@@ -72,6 +75,9 @@ class Operator:
             "input": [list(self.given.shape), self.given.dtype],
             "threads": self.threads,
         }
+        if any(self.padded):
+            described["padded"] = [each and [each.units, each.kept] for each in self.padded]
+        return described
 
     @cached_property
     def key(self) -> str:
@@ -163,6 +169,9 @@ def candidate_programs(
         rank_multiple: ranks of rP% are multiples of it.
     """
     launched = parts(site, option, model_dtype(model), rank_multiple)
+    kept, width = first_units(site, option, rank_multiple), treated_site(site, option).width
+    padding = {} if width is None or kept is None else paddings(width, len(kept))
+    padded = [tuple(padding.get(member) for member in part.members) for part in launched]
     served = [[i.name for i in serving(p.formats[0], p.shapes, DEVICE)] for p in launched]
     return [
         tuple(
@@ -172,10 +181,11 @@ def candidate_programs(
                 formats=tuple(_as_run(name, format) for format in part.formats),
                 shapes=part.shapes,
                 biases=_biases(model, part.members),
-                given=_narrowed(seen, part),
+                given=seen if any(around) else _narrowed(seen, part),
                 threads=threads,
+                padded=around if any(around) else (),
             )
-            for part, seen in zip(launched, given, strict=True)
+            for part, seen, around in zip(launched, given, padded, strict=True)
         )
         for name in served[0]
         if all(name in names for names in served)
@@ -244,8 +254,14 @@ def built_layers(operator: Operator, copies: int, seed: int) -> list[list[nn.Mod
         for has, shape in zip(operator.biases, operator.shapes, strict=True)
     ]
     built = implementation(operator.implementation).build(stored, biases)
-    count = len(operator.shapes)
-    return [list(group_members(copy.deepcopy(built), count)) for _ in range(copies)]
+    padded = operator.padded or (None,) * len(operator.shapes)
+
+    def members() -> list[nn.Module]:
+        layers = group_members(copy.deepcopy(built), len(operator.shapes))
+        pairs = zip(layers, padded, strict=True)
+        return [layer if padding is None else padding.around(layer) for layer, padding in pairs]
+
+    return [members() for _ in range(copies)]
 
 
 def rotation(layers: Sequence[Sequence[nn.Module]], given: Given) -> Call:

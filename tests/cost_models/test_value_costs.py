@@ -4,12 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from apportion.cost_models.operators import Given, built_layers, candidate_programs
 from apportion.cost_models.profile import measure_profile
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.session import Timing
 from apportion.spaces.batches import frozen
 from apportion.spaces.discovery import discover
 from apportion.spaces.entries import Entry, build_space
+from apportion.spaces.grammar import parse_option
 
 WIDTH, HEADS = 64, 4
 
@@ -51,3 +53,24 @@ def test_fewer_value_dimensions_take_the_time_of_their_layers_and_of_attention()
     assert set(profile.implementations["0.attention"]) == {"v50%", "v50%+w8"}
     keep, drop, half, _ = profile.rows[0]
     assert keep > drop and half > drop
+
+
+def test_what_is_timed_takes_and_gives_as_much_as_the_dense_layers() -> None:
+    torch.manual_seed(0)
+    model, sample = frozen(nn.Sequential(Block(), Block())), torch.randn(2, 8, WIDTH)
+    (site,) = [s for s in discover(model, sample).sites if s.name == "0.attention"]
+    given, option = [Given((2, 8, WIDTH), "float32")] * 2, parse_option("v50%+w8")
+    program, *_ = candidate_programs(model, site, option, given, 1, 8)
+    x = torch.randn(2, 8, WIDTH)
+    sizes = []
+    for operator in program:
+        assert operator.given == given[0] and operator.description["padded"] == [[16, 8]]
+        ((layer,),) = built_layers(operator, 1, 0)
+        out = layer(x)
+        sizes.append(out.shape[-1])
+        if out.shape[-1] == 3 * WIDTH:
+            values = out[..., 2 * WIDTH :].unflatten(-1, (HEADS, -1))
+            assert bool(values[..., :8].any()) and not values[..., 8:].any()
+    assert sizes == [3 * WIDTH, WIDTH]
+    plain, *_ = candidate_programs(model, site, parse_option("v50%"), given, 1, 8)
+    assert all("padded" in operator.description for operator in plain)
