@@ -19,7 +19,7 @@ from apportion.kernels.group import members as group_members
 from apportion.kernels.registry import implementation, serving
 from apportion.spaces.apply import WRITTEN_BACK, bias_of
 from apportion.spaces.grammar import Option
-from apportion.spaces.padding import Padding, paddings
+from apportion.spaces.padding import DENSE_DTYPES, ZEROS, Padding, paddings, served_by
 from apportion.spaces.parts import Part, first_units, parts, treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import Space
@@ -44,7 +44,7 @@ class Operator:
     """What one site launches under one option; equal operators are measured once.
 
     Attributes:
-        implementation: its name, or "dense".
+        implementation: its name, or "dense"; what holds zeros runs as what does not.
         layers: class names of the model's own layers; empty for any implementation.
         formats: of the members, as far as the implementation distinguishes them.
         shapes: of the members.
@@ -67,7 +67,7 @@ class Operator:
     def description(self) -> dict[str, Any]:
         """All of it as JSON."""
         described = {
-            "implementation": self.implementation,
+            "implementation": served_by(self.implementation),
             "layers": list(self.layers),
             "formats": [f.to_json() for f in self.formats],
             "shapes": [s.to_json() for s in self.shapes],
@@ -169,27 +169,42 @@ def candidate_programs(
         rank_multiple: ranks of rP% are multiples of it.
     """
     launched = parts(site, option, model_dtype(model), rank_multiple)
+    served = [[i.name for i in serving(p.formats[0], p.shapes, DEVICE)] for p in launched]
+    everywhere = [name for name in served[0] if all(name in names for names in served)]
     kept, width = first_units(site, option, rank_multiple), treated_site(site, option).width
     padding = {} if width is None or kept is None else paddings(width, len(kept))
     padded = [tuple(padding.get(member) for member in part.members) for part in launched]
-    served = [[i.name for i in serving(p.formats[0], p.shapes, DEVICE)] for p in launched]
+    if any(map(any, padded)):
+        everywhere += [f"{name}{ZEROS}" for name in everywhere if name in DENSE_DTYPES]
     return [
         tuple(
-            Operator(
-                implementation=name,
-                layers=(),
-                formats=tuple(_as_run(name, format) for format in part.formats),
-                shapes=part.shapes,
-                biases=_biases(model, part.members),
-                given=seen if any(around) else _narrowed(seen, part),
-                threads=threads,
-                padded=around if any(around) else (),
-            )
+            _operator(model, part, name, seen, around, threads)
             for part, seen, around in zip(launched, given, padded, strict=True)
         )
-        for name in served[0]
-        if all(name in names for names in served)
+        for name in everywhere
     ]
+
+
+def _operator(
+    model: nn.Module,
+    part: Part,
+    name: str,
+    given: Given,
+    padded: tuple[Padding | None, ...],
+    threads: int,
+) -> Operator:
+    """What one part launches: of layers as large as the model's where it holds zeros."""
+    zeros, pads = name != served_by(name), any(padded)
+    return Operator(
+        implementation=name,
+        layers=(),
+        formats=tuple(_as_run(served_by(name), format) for format in part.formats),
+        shapes=tuple(member.shape for member in part.members) if zeros else part.shapes,
+        biases=_biases(model, part.members),
+        given=given if zeros or pads else _narrowed(given, part),
+        threads=threads,
+        padded=padded if pads and not zeros else (),
+    )
 
 
 def _narrowed(given: Given, part: Part) -> Given:
@@ -253,7 +268,7 @@ def built_layers(operator: Operator, copies: int, seed: int) -> list[list[nn.Mod
         torch.zeros(shape.out_features, dtype=dtype) if has else None
         for has, shape in zip(operator.biases, operator.shapes, strict=True)
     ]
-    built = implementation(operator.implementation).build(stored, biases)
+    built = implementation(served_by(operator.implementation)).build(stored, biases)
     padded = operator.padded or (None,) * len(operator.shapes)
 
     def members() -> list[nn.Module]:

@@ -10,6 +10,7 @@ from apportion.cost_models.measured import ItemTimes
 from apportion.cost_models.operators import ORIGINAL, Program, runs_dense
 from apportion.cost_models.sampling import Config, Shape
 from apportion.cost_models.table import Rows, padded
+from apportion.spaces.padding import served_by
 from apportion.spaces.parts import kept_share
 from apportion.spaces.space import Space
 
@@ -31,8 +32,8 @@ class Choice:
 
     @property
     def classes(self) -> list[str]:
-        """All names that occur, sorted: the classes that are corrected by one factor each."""
-        return sorted({name for row in self.names for name in row})
+        """What runs, sorted: the classes that are corrected by one factor each."""
+        return sorted({served_by(name) for row in self.names for name in row})
 
 
 def shape_of(space: Space) -> Shape:
@@ -178,7 +179,7 @@ def class_numbers(choice: Choice) -> NDArray[np.int64]:
     width = max(map(len, choice.names), default=0)
     numbers = np.zeros((len(choice.names), width), dtype=np.int64)
     for place, row in enumerate(choice.names):
-        numbers[place, : len(row)] = [classes.index(name) for name in row]
+        numbers[place, : len(row)] = [classes.index(served_by(name)) for name in row]
     return numbers
 
 

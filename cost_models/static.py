@@ -18,6 +18,7 @@ from apportion.spaces.choice import unchosen
 from apportion.spaces.compressors.compose import RANK_MULTIPLE
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import unit_vectors
+from apportion.spaces.padding import DENSE_DTYPES, served_by
 from apportion.spaces.parts import first_units, part_shapes, parts, treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP_MEAN, KEEP, Space
@@ -99,7 +100,11 @@ def resident_cost(
         if str(option) == DENSE or site.written_back or site.has_experts:
             shapes = (s for part in part_shapes(site, option, rank_multiple) for s in part)
             return float(sum(shape.weights for shape in shapes) * DTYPES[dtype].itemsize)
-        name = implementations[site.name][str(option)]
+        given = implementations[site.name][str(option)]
+        name = served_by(given)
+        if given != name:  # as large as the dense layers
+            width = DTYPES[DENSE_DTYPES[name]].itemsize
+            return float(sum(m.shape.weights for group in site.groups for m in group) * width)
         key = (name, str(option), part_shapes(site, option, rank_multiple))
         if key not in held:
             weights = iter(stored(site, option).weights)

@@ -16,9 +16,9 @@ from apportion.kernels.registry import implementation
 from apportion.spaces.choice import OPERATION, choice_at
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
-from apportion.spaces.padding import pad_heads
+from apportion.spaces.padding import DENSE_DTYPES, in_zeros, pad_heads, paddings, served_by
 from apportion.spaces.parts import treated_site
-from apportion.spaces.sites import Member, Site
+from apportion.spaces.sites import Member, Site, Width
 from apportion.spaces.space import DENSE, DROP_MEAN, Space
 from apportion.spaces.stored import Stored, StoredSite
 from apportion.spaces.views import matrix_of, parameter_at, set_parameter, written
@@ -152,8 +152,41 @@ def treat(
     elif site.width is None or implementation_name is None:
         raise ApportionError(f"nothing serves what is stored of {site.name}")
     else:
-        install_groups(model, site.groups, stored.weights, implementation_name)
-        pad_heads(model, site.width, len(stored.kept))
+        install_narrow(model, site.width, len(stored.kept), stored.weights, implementation_name)
+
+
+def install_narrow(
+    model: nn.Module,
+    width: Width,
+    kept: int,
+    stored: Sequence[StoredWeight],
+    implementation_name: str,
+) -> None:
+    """Put operators in the place of a narrower sub-block's layers, in place.
+
+    Args:
+        model: with the narrower sub-block.
+        width: what it is narrower by, not in experts.
+        kept: how many units stay.
+        stored: of each cut of the width.
+        implementation_name: may end in `padding.ZEROS`.
+    """
+    groups = [[cut.member for cut in group] for group in width.groups]
+    name = served_by(implementation_name)
+    if name == implementation_name:
+        install_groups(model, groups, stored, name)
+        pad_heads(model, width, kept)
+        return
+    padding, weights = paddings(width, kept), iter(stored)
+    for group in groups:
+        modules = [member.module for member in group]
+        whole, biases = in_zeros(
+            [next(weights) for _ in group],
+            [bias_of(model, module) for module in modules],
+            [padding.get(member) for member in group],
+            DENSE_DTYPES[name],
+        )
+        install(model, modules, whole, biases, name)
 
 
 def chosen_alternatives(space: Space, configuration: Mapping[str, str]) -> dict[str, str]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from apportion.errors import ApportionError, InvalidInput
 from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.registry import IMPLEMENTATIONS
-from apportion.spaces.apply import WRITTEN_BACK, drop, install_groups, write_back
+from apportion.spaces.apply import WRITTEN_BACK, drop, install_groups, install_narrow, write_back
 from apportion.spaces.artifact import CONSTANT, DESCRIPTION, FORMAT_VERSION, PACKED, TENSORS
 from apportion.spaces.batches import frozen
 from apportion.spaces.choice import choice_at
 from apportion.spaces.layers import tied_names
 from apportion.spaces.narrowing import narrowed_copy
-from apportion.spaces.padding import pad_heads
+from apportion.spaces.padding import served_by
 from apportion.spaces.sites import Member, Site, Width
 
 
@@ -161,13 +161,13 @@ def _install_site(
     ]
     if site["implementation"] == WRITTEN_BACK:
         write_back(model, members, stored)
-    elif site["implementation"] in IMPLEMENTATIONS:
-        groups = _treated(site).groups if "width" in site else (members,)
-        install_groups(model, groups, stored, site["implementation"])
-        if "width" in site:
-            pad_heads(model, Width.from_json(site["width"]), len(site["kept"]))
-    else:
+    elif served_by(site["implementation"]) not in IMPLEMENTATIONS:
         raise InvalidInput(f"unknown implementation {site['implementation']!r}")
+    elif "width" in site:
+        width, kept = Width.from_json(site["width"]), len(site["kept"])
+        install_narrow(model, width, kept, stored, site["implementation"])
+    else:
+        install_groups(model, (members,), stored, site["implementation"])
     return {member.parameter_path for member in members}
 
 

@@ -1,11 +1,18 @@
-"""Attention whose heads have fewer value dimensions, put in place without its code noticing."""
+"""Attention whose heads have fewer value dimensions, put in place without its code noticing.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Either narrower layers are padded, or a dense operator has zeros where dimensions are gone. The
+first saves work and takes time to pad; which is faster is measured.
+"""
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor, nn
+
+from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.padded import HeadStarts, PaddedHeads
+from apportion.kernels.reference import reference_weight
 from apportion.spaces.compressors.values import value_cuts
 from apportion.spaces.sites import Cut, Member, Width
 
@@ -28,8 +35,59 @@ class Padding:
         """What stands in the dense layer's place."""
         if self.cut.side == "in":
             return HeadStarts(layer, self.cut.stacks, self.kept).eval()
-        places = self.cut.places(range(self.kept), self.units)
-        return PaddedHeads(layer, places, self.cut.member.shape.out_features).eval()
+        return PaddedHeads(layer, self.places, self.cut.member.shape.out_features).eval()
+
+    @property
+    def places(self) -> list[int]:
+        """The rows of the dense layer (columns where it reads values) that stay."""
+        return self.cut.places(range(self.kept), self.units)
+
+    def in_zeros(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A narrower matrix [out, in] and its bias [out] as large as the dense ones."""
+        shape = self.cut.member.shape
+        whole = matrix.new_zeros(shape.out_features, shape.in_features)
+        places = torch.tensor(self.places)
+        if self.cut.side == "in":
+            return whole.index_copy_(1, places, matrix), bias
+        if bias is not None:
+            bias = bias.new_zeros(shape.out_features).index_copy_(0, places, bias)
+        return whole.index_copy_(0, places, matrix), bias
+
+
+DENSE_DTYPES = {"linear.f32": "float32", "linear.bf16": "bfloat16", "linear.fp16": "float16"}
+"""What the implementations compute in that may hold zeros in place of being padded."""
+ZEROS = "+zeros"
+"""Ends the name of such an implementation where it does."""
+
+
+def served_by(name: str) -> str:
+    """The registry's name of an implementation that may hold zeros."""
+    return name.removesuffix(ZEROS)
+
+
+def in_zeros(
+    weights: Sequence[StoredWeight],
+    biases: Sequence[Tensor | None],
+    padded: Sequence[Padding | None],
+    dtype: str,
+) -> tuple[list[StoredWeight], list[Tensor | None]]:
+    """The layers of a group unpacked, as large as the dense ones, and their biases.
+
+    Args:
+        weights: of the group.
+        biases: [out] of each, or None.
+        padded: of each what it would be padded by, or None.
+        dtype: that the matrices are to have.
+    """
+    wholes, offsets = list[StoredWeight](), list[Tensor | None]()
+    for weight, bias, padding in zip(weights, biases, padded, strict=True):
+        matrix = reference_weight(weight).to(DTYPES[dtype])
+        if padding is not None:
+            matrix, bias = padding.in_zeros(matrix, bias)
+        shape = replace(weight.shape, out_features=len(matrix), in_features=matrix.shape[1])
+        wholes.append(StoredWeight(Format(dtype), shape, {"weight": matrix}))
+        offsets.append(bias)
+    return wholes, offsets
 
 
 def paddings(width: Width, kept: int) -> Mapping[Member, Padding]:

@@ -72,5 +72,24 @@ def test_what_is_timed_takes_and_gives_as_much_as_the_dense_layers() -> None:
             values = out[..., 2 * WIDTH :].unflatten(-1, (HEADS, -1))
             assert bool(values[..., :8].any()) and not values[..., 8:].any()
     assert sizes == [3 * WIDTH, WIDTH]
-    plain, *_ = candidate_programs(model, site, parse_option("v50%"), given, 1, 8)
-    assert all("padded" in operator.description for operator in plain)
+
+
+def test_dense_layers_that_hold_zeros_are_the_operators_of_dense_options() -> None:
+    torch.manual_seed(0)
+    model, sample = frozen(nn.Sequential(Block(), Block())), torch.randn(2, 8, WIDTH)
+    sites = {site.name: site for site in discover(model, sample).sites}
+    given = [Given((2, 8, WIDTH), "float32")] * 2
+
+    def programs(site: str, text: str) -> dict[str, list[str]]:
+        inputs = given[: len(sites[site].groups)]
+        made = candidate_programs(model, sites[site], parse_option(text), inputs, 1, 8)
+        return {program[0].implementation: [o.key for o in program] for program in made}
+
+    for text, names in (("v50%", {"linear.f32"}), ("v50%+w4", {"linear.f32", "linear.bf16"})):
+        found = programs("0.attention", text)
+        assert {name for name in found if "+" in name} == {f"{name}+zeros" for name in names}
+        for name in names:
+            rest = text.partition("+")[2] or "f32"
+            layers = [programs(f"0.attention.{layer}", rest)[name] for layer in ("qkv", "out")]
+            assert found[f"{name}+zeros"] == [key for (key,) in layers]
+            assert found[name] != found[f"{name}+zeros"]

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import apportion
+from apportion.kernels.padded import HeadStarts, PaddedHeads
 from apportion.kernels.registry import serving
 from apportion.spaces.artifact import Plan, write
 from apportion.spaces.batches import call
 from apportion.spaces.calibration import collect
+from apportion.spaces.padding import ZEROS
 from apportion.spaces.parts import parts
 from apportion.spaces.statistics import write_statistics
 from apportion.workers.evaluator import Evaluate, Evaluator
@@ -46,15 +48,18 @@ def values_spec(spec: WorkerSpec, tmp_path_factory: pytest.TempPathFactory) -> W
     return made
 
 
+@pytest.mark.parametrize("ending", ["", ZEROS])
 @pytest.mark.parametrize("text", OPTIONS)
 def test_loaded_folder_loses_what_was_evaluated(
-    values_spec: WorkerSpec, text: str, tmp_path: Path
+    values_spec: WorkerSpec, text: str, ending: str, tmp_path: Path
 ) -> None:
     evaluator, setting = build_evaluator(values_spec), open_setting(values_spec)
     work = Evaluate(dict.fromkeys(setting.space.names, text), "heldout", 0, 4)
     found = evaluator.evaluate(work).losses
     assert found is not None and (found > 1e-6).all()
-    loaded = written(evaluator, setting, text, tmp_path / "folder")
+    loaded = written(evaluator, setting, text, ending, tmp_path / "folder")
+    pads = any(isinstance(module, PaddedHeads | HeadStarts) for module in loaded.modules())
+    assert pads is (ending != ZEROS)
     chunk = evaluator.chunks("heldout")[0]
     with torch.inference_mode():
         dense, output = (call(model, chunk.batch) for model in (setting.opened.model, loaded))
@@ -62,12 +67,14 @@ def test_loaded_folder_loses_what_was_evaluated(
     np.testing.assert_allclose(losses[:4], found, rtol=1e-3)
 
 
-def written(evaluator: Evaluator, setting: Setting, text: str, folder: Path) -> torch.nn.Module:
-    """The model of an exported folder in which all attention is treated so."""
+def written(
+    evaluator: Evaluator, setting: Setting, text: str, ending: str, folder: Path
+) -> torch.nn.Module:
+    """The model of an exported folder in which all attention is treated so, and so named."""
     space = setting.space
     names = {
         site.name: {
-            str(option): serving(part.formats[0], part.shapes, "cpu")[0].name
+            str(option): serving(part.formats[0], part.shapes, "cpu")[0].name + ending
             for option in row
             if option.narrows
             for part in parts(site, option, "float32", 4)
