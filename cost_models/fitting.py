@@ -20,12 +20,12 @@ from apportion.cost_models.requests import runner
 from apportion.cost_models.rows import (
     STRUCTURE,
     Choice,
+    ClassRows,
     alike_options,
     chosen_program,
-    class_numbers,
+    class_rows,
     experts_left,
     item_rows,
-    parts_of,
     shape_of,
 )
 from apportion.cost_models.sampling import Config, stratified
@@ -69,7 +69,6 @@ def fit_whole(
 
     Which ones is a function of the measured operators and the session's seed.
     """
-    numbers = class_numbers(choice)
     raw = [item_rows(context.space, times, choice) for times in items]
     counts = [times.plan.item.count for times in items]
     total = _summed(counts, [rows for rows, _ in raw])
@@ -77,14 +76,18 @@ def fit_whole(
     alike = alike_options(choice, total)
     shape = shape_of(context.space)
     configs = stratified(total, shape, alike, configurations, generator, uniforms)
+    by_class = [
+        class_rows(context.space, times, choice, mean)
+        for times, (mean, _) in zip(items, raw, strict=True)
+    ]
     seen = [
-        _observations(context, times, choice, rows, numbers, configs)
-        for times, (rows, _) in zip(items, raw, strict=True)
+        _observations(context, times, choice, of, configs)
+        for times, of in zip(items, by_class, strict=True)
     ]
     factors = [corrected(each) for each in seen]
-    scales = [factor[numbers] for factor in factors]
-    rows = _summed(counts, [by * mean for by, (mean, _) in zip(scales, raw, strict=True)])
-    upper = _summed(counts, [by * high for by, (_, high) in zip(scales, raw, strict=True)])
+    each = list(zip(by_class, factors, raw, strict=True))
+    rows = _summed(counts, [of.corrected(mean, factor) for of, factor, (mean, _) in each])
+    upper = _summed(counts, [of.corrected(high, factor) for of, factor, (_, high) in each])
     measured = _summed(counts, [each.measured[each.anchors :] for each in seen])
     predicted = _summed(counts, [leave_one_out(each) for each in seen])
     dense = sum(c * times.dense for c, times in zip(counts, items, strict=True))
@@ -115,22 +118,21 @@ def _observations(
     context: Context,
     times: ItemTimes,
     choice: Choice,
-    rows: Rows,
-    numbers: NDArray[np.int64],
+    rows: ClassRows,
     configs: Sequence[Config],
 ) -> Observations:
     """The configurations measured whole, after those without structures that are known already."""
-    shape, classes = shape_of(context.space), len(choice.classes)
+    shape = shape_of(context.space)
     texts = context.space.texts
     dropped = {some: t for some, t in times.dropped.items() if all(DROP in texts[p] for p in some)}
     known = [_dropping(context, places) for places in dropped]
     measured = [*dropped.values(), *_measured(context, times, choice, configs)]
-    parts = [parts_of(rows, numbers, classes, shape, c) for c in (*known, *configs)]
-    neutral = (0,) * len(rows)
+    parts = [rows.of(config, shape) for config in (*known, *configs)]
+    neutral = (0,) * len(rows.rows)
     return Observations(
-        parts=np.array(parts).reshape(len(parts), classes),
+        parts=np.array(parts).reshape(len(parts), rows.classes),
         measured=np.array(measured),
-        dense_parts=parts_of(rows, numbers, classes, shape, neutral),
+        dense_parts=rows.of(neutral, shape),
         dense=times.dense,
         anchors=len(known),
     )

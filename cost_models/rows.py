@@ -159,18 +159,37 @@ def _structure_times(
     space: Space, times: ItemTimes, choice: Choice, place: int, own: float
 ) -> list[tuple[float, float]]:
     """Of `keep`, with `own` milliseconds beside what lies below, of drops and of treatments."""
-    site, options = space.sites[place], space.options[place]
-    layers = program_times(times, times.plan.originals.get(place, ()))[0]
-    beside = max(0.0, times.savings.get(place, 0.0) - layers)
+    options = space.options[place]
     sums = (times.added.get((place, number), 0.0) for number in range(1, len(options)))
     rows = [(own, own), *((taken, taken) for taken in sums)]
-    for number, option in enumerate(options):
+    beside = _beside(space, times, choice, place)
+    for number in range(len(options)):
         program = chosen_program(times, choice, place, number)
         if program is not None:
             mean, upper = program_times(times, program)
-            left = beside * kept_share(site, option)
-            rows[number] = (mean + left, upper + left)
+            rows[number] = (mean + beside[number], upper + beside[number])
     return rows
+
+
+def _beside(space: Space, times: ItemTimes, choice: Choice, place: int) -> list[float]:
+    """What is left beside its layers of a sub-block under each of its options; 0 but of treatments.
+
+    It is the sub-block's own work, whatever runs the layers, and is corrected as such.
+    """
+    site, options = space.sites[place], space.options[place]
+    layers = program_times(times, times.plan.originals.get(place, ()))[0]
+    beside = max(0.0, times.savings.get(place, 0.0) - layers)
+    treats = [chosen_program(times, choice, place, o) is not None for o in range(len(options))]
+    return [beside * kept_share(site, o) * treats[n] for n, o in enumerate(options)]
+
+
+def beside_rows(space: Space, times: ItemTimes, choice: Choice) -> Rows:
+    """The part of `item_rows` [sites, options] that is a treated sub-block's own work."""
+    found = np.zeros((len(space.sites), max(map(len, space.options), default=0)))
+    for place, site in enumerate(space.sites):
+        if site.is_structure:
+            found[place, : len(space.options[place])] = _beside(space, times, choice, place)
+    return found
 
 
 def class_numbers(choice: Choice) -> NDArray[np.int64]:
@@ -195,11 +214,43 @@ def alike_options(choice: Choice, rows: Rows) -> NDArray[np.int64]:
     return alike
 
 
-def parts_of(
-    rows: Rows, numbers: NDArray[np.int64], classes: int, shape: Shape, config: Config
-) -> NDArray[np.float64]:
-    """A configuration's uncorrected milliseconds by class [classes]; void sites take none."""
-    there = ~shape.void(config)
-    places = np.arange(len(rows)), np.array(config, dtype=np.int64)
-    taken = np.bincount(numbers[places][there], weights=rows[places][there], minlength=classes)
-    return taken.astype(np.float64)
+@dataclass(frozen=True, eq=False)
+class ClassRows:
+    """Uncorrected milliseconds of one request item, by the classes that are corrected.
+
+    Attributes:
+        rows: [sites, options] as `item_rows` gives them.
+        beside: as `beside_rows` gives them: of the class of structure, the rest of the row's own.
+        numbers: [sites, options] the class of each option.
+        structure: number of the class of structure; 0 where there is none.
+        classes: how many there are.
+    """
+
+    rows: Rows
+    beside: Rows
+    numbers: NDArray[np.int64]
+    structure: int
+    classes: int
+
+    def of(self, config: Config, shape: Shape) -> NDArray[np.float64]:
+        """A configuration's milliseconds by class [classes]; void sites take none."""
+        there = ~shape.void(config)
+        places = np.arange(len(self.rows)), np.array(config, dtype=np.int64)
+        beside = self.beside[places][there]
+        own, numbers = self.rows[places][there] - beside, self.numbers[places][there]
+        taken = np.bincount(numbers, weights=own, minlength=self.classes).astype(np.float64)
+        taken[self.structure] += beside.sum()
+        return taken
+
+    def corrected(self, rows: Rows, factor: NDArray[np.float64]) -> Rows:
+        """Rows like `rows`, each part times the factor [classes] of its class."""
+        own = factor[self.numbers] * (rows - self.beside)
+        return np.asarray(own + factor[self.structure] * self.beside)
+
+
+def class_rows(space: Space, times: ItemTimes, choice: Choice, rows: Rows) -> ClassRows:
+    """Mean rows [sites, options] of a request item with their classes."""
+    classes = choice.classes
+    structure = classes.index(STRUCTURE) if STRUCTURE in classes else 0
+    numbers, beside = class_numbers(choice), beside_rows(space, times, choice)
+    return ClassRows(rows, beside, numbers, structure, len(classes))
