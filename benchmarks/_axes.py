@@ -6,6 +6,8 @@ WEIGHTS = ("*.self_attn.*", "*.mlp.*")
 BITS = ("bf16", "w8", *(f"w{bits}g64:gptq" for bits in (6, 5, 4, 3, 2)))
 SPARSITY = (*(f"s{percent}%:sparsegpt" for percent in range(20, 90, 10)), "2:4:sparsegpt")
 RANK = tuple(f"r{percent}%" for percent in (90, 75, 60, 50, 40, 25))
+VALUES = ("v85%", "v70%", "v50%", "v35%")
+"""Ranks 40, 32, 24 and 16 of the 48 value dimensions of a head."""
 HEADS = ("c75%", "c50%", "c25%")
 """The four heads of a layer, one, two or three fewer."""
 CHANNELS = tuple(f"c{percent}%" for percent in (90, 75, 60, 50, 40, 25))
@@ -13,6 +15,9 @@ DROPS = ("keep", "drop")
 COMPOSED = ("s50%:sparsegpt+w4g64:gptq", "r50%")
 COMPOSED_HEADS = ("c75%+w8", "c75%+w4:gptq", "c50%+w4:gptq")
 """64 does not divide the inputs that three heads give."""
+COMPOSED_VALUES = (*(f"v85%+w{bits}g32:gptq" for bits in (6, 5)),
+                   *(f"v70%+w{bits}g64:gptq" for bits in (6, 5, 4)), "v50%+w4g32:gptq")  # fmt: skip
+"""The outputs of four heads are inputs of the output layer: 160, 128 and 96."""
 COMPOSED_CHANNELS = ("c75%+w8", "c75%+w4g64:gptq", "c75%+w3g64:gptq", "c50%+w4g64:gptq")
 
 Entry = dict[str, Any]
@@ -41,14 +46,14 @@ def entries(
 AXES = {
     "bits": entries(weights=BITS),
     "sparsity": entries(weights=SPARSITY),
-    "rank": entries(weights=RANK),
+    "rank": entries(weights=RANK, heads=VALUES),
     "width": entries(heads=HEADS, channels=CHANNELS),
     "drop": entries(drops=DROPS),
 }
-JOINT = entries((*BITS, *COMPOSED), COMPOSED_HEADS, COMPOSED_CHANNELS, DROPS)
+JOINT = entries((*BITS, *COMPOSED), (*COMPOSED_HEADS, *COMPOSED_VALUES), COMPOSED_CHANNELS, DROPS)
 EVERYTHING = entries(
     (*BITS, *COMPOSED, *SPARSITY, *RANK),
-    (*HEADS, *COMPOSED_HEADS),
+    (*HEADS, *COMPOSED_HEADS, *VALUES, *COMPOSED_VALUES),
     (*CHANNELS, *COMPOSED_CHANNELS),
     DROPS,
 )
