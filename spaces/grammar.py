@@ -203,13 +203,13 @@ def _check_whole(text: str, option: Option, seen: list[str]) -> None:
         raise _wrong(
             text, f"a residual repairs the steps before it: w4g64+r{rank}; a rank alone is r50%"
         )
+    if option.keep_percent is not None and option.value_percent is not None:
+        either = f"{option._step('c')} or {option._step('v')}"
+        raise _wrong(text, f"c and v are each done to a whole sub-block, not both: {either}")
     if seen != sorted(seen, key=STEPS.index):
         raise _wrong(text, f"steps go in the order {ORDER}: {option}")
     if str(option) != text:
         raise _wrong(text, f"write {option}")
-    if option.keep_percent is not None and option.value_percent is not None:
-        either = f"{option._step('c')} or {option._step('v')}"
-        raise _wrong(text, f"c and v are each done to a whole sub-block, not both: {either}")
     if option.outlier_percent is not None:
         _check_outliers(text, option)
     method = dict(option.methods).get("w")

@@ -48,8 +48,7 @@ def removed_units(
         weights: [out, in], finite, of each cut of `width.cuts`.
         moments: float64 [in, in], the sum of x x^T, for each group of `width.groups`, or None.
         count: How many go, fewer than there are.
-        method: "first", "magnitude", "wanda", "chip" or "obs".
-
+        method: "first", "magnitude", "wanda", "chip", "obs" or "taylor".
         scores: float64 [units], of `taylor`: those of least score go.
 
     Raises:

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -32,6 +33,26 @@ from apportion.studies.database.store import Store
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 120.0
 COLUMNS = 80
+OWN_STUDY = """
+[study]
+name = "tiny"
+[model]
+source = "python:model.py:build"
+[data]
+source = "python:model.py:load"
+[[space]]
+sites = "{sites}"
+options = {options}
+[devices.here]
+kind = "recorded"
+file = "timings.json"
+request = [{{ phase = "forward", batch = 1 }}]
+[limits]
+weight_bytes = "{limit}"
+[search]
+windows = 8
+tokens = 100
+"""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -278,6 +299,23 @@ def journey(files: Path, tmp_path: Path) -> Journey:
 def journey_in() -> Callable[[Path], Journey]:
     """A journey in another folder, whose study is in `study`."""
     return lambda folder: Journey(folder / "study", folder / "home")
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> Callable[[str, str, list[str], str], Journey]:
+    """A study of a model's code, of the options of its sites and a limit on bytes, timed here."""
+
+    def build(code: str, sites: str, options: list[str], limit: str) -> Journey:
+        journey = Journey(tmp_path / "study", tmp_path / "home")
+        journey.folder.mkdir()
+        (journey.folder / "model.py").write_text(code.lstrip())
+        text = OWN_STUDY.format(sites=sites, options=json.dumps(options), limit=limit)
+        journey.study.write_text(text.lstrip())
+        script = runpy.run_path(str(ROOT / "benchmarks" / "tiny_study.py"))
+        script["record"](journey.study, journey.folder / "timings.json")
+        return journey
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 import apportion
 
-Journey = Any
-ROOT = Path(__file__).parents[2]
+OwnModel = Callable[..., Any]
 MODEL = """
 import torch
 from torch import nn
@@ -36,38 +35,11 @@ def load(part):
     draw = torch.Generator().manual_seed(["calibration", "search", "heldout"].index(part))
     return [torch.randn(8, 16, generator=draw) for _ in range(2)]
 """
-STUDY = """
-[study]
-name = "tiny"
-[model]
-source = "python:model.py:build"
-[data]
-source = "python:model.py:load"
-[[space]]
-sites = "linear:0.*"
-options = ["dense", "w8a8s"]
-[devices.here]
-kind = "recorded"
-file = "timings.json"
-request = [{ phase = "forward", batch = 1 }]
-[limits]
-weight_bytes = "0.34x dense"
-[search]
-windows = 8
-tokens = 100
-"""
 
 
-def test_fixed_scales_are_exported_and_verified(
-    tmp_path: Path, journey_in: Callable[[Path], Journey]
-) -> None:
-    study = tmp_path / "study"
-    study.mkdir()
-    (study / "model.py").write_text(MODEL.lstrip())
-    (study / "study.toml").write_text(STUDY.lstrip())
-    record = runpy.run_path(str(ROOT / "benchmarks" / "tiny_study.py"))["record"]
-    record(study / "study.toml", study / "timings.json")
-    journey, winner = journey_in(tmp_path), tmp_path / "winner"
+def test_fixed_scales_are_exported_and_verified(tmp_path: Path, own_model: OwnModel) -> None:
+    journey = own_model(MODEL, "linear:0.*", ["dense", "w8a8s"], "0.34x dense")
+    winner = tmp_path / "winner"
     ended = journey.submit()
     assert (ended.status, ended.error) == (0, "")
     ended = journey.run("export", "tiny", "--to", winner)
@@ -80,7 +52,7 @@ def test_fixed_scales_are_exported_and_verified(
     assert chosen["weight_bytes"] == sum(t.nbytes for t in tensors.values())
     scales = {n: t for n, t in tensors.items() if n.endswith(".packed.activation_scale")}
     assert len(scales) == 6 and all(t.shape == (1,) and t.item() > 0 for t in scales.values())
-    code = runpy.run_path(str(study / "model.py"))
+    code = runpy.run_path(str(journey.folder / "model.py"))
     largest = torch.cat(code["load"]("calibration")).abs().max().reshape(1)
     for member in ("q", "k"):
         assert torch.equal(scales[f"0.0.{member}.packed.activation_scale"], largest / 127)

@@ -1,13 +1,11 @@
 """A study whose sub-blocks become narrower by gradients, from submit to verify."""
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Journey = Any
-ROOT = Path(__file__).parents[2]
+OwnModel = Callable[..., Any]
 MODEL = """
 import torch
 from torch import nn
@@ -39,37 +37,13 @@ def load(part):
     draw = torch.Generator().manual_seed(["calibration", "search", "heldout"].index(part))
     return [torch.randn(8, 16, generator=draw) for _ in range(2)]
 """
-STUDY = """
-[study]
-name = "tiny"
-[model]
-source = "python:model.py:build"
-[data]
-source = "python:model.py:load"
-[[space]]
-sites = "mlp:*"
-options = ["keep", "c50%:taylor", "c50%:taylor+w8"]
-[devices.here]
-kind = "recorded"
-file = "timings.json"
-request = [{ phase = "forward", batch = 1 }]
-[limits]
-weight_bytes = "0.7x dense"
-[search]
-windows = 8
-tokens = 100
-"""
 
 
 def test_narrower_model_by_gradients_is_exported_and_verified(
-    tmp_path: Path, journey_in: Callable[[Path], Journey]
+    tmp_path: Path, own_model: OwnModel
 ) -> None:
-    journey = journey_in(tmp_path)
-    journey.folder.mkdir()
-    (journey.folder / "model.py").write_text(MODEL.lstrip())
-    journey.study.write_text(STUDY.lstrip())
-    record = runpy.run_path(str(ROOT / "benchmarks" / "tiny_study.py"))["record"]
-    record(journey.study, journey.folder / "timings.json")
+    options = ["keep", "c50%:taylor", "c50%:taylor+w8"]
+    journey = own_model(MODEL, "mlp:*", options, "0.7x dense")
     ended = journey.submit()
     assert (ended.status, ended.error) == (0, "")
     assert "gradients of 2 sub-blocks on 16 windows" in ended.out

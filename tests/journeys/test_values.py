@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import apportion
 
 Journey = Any
-ROOT = Path(__file__).parents[2]
+OwnModel = Callable[..., Journey]
 MODEL = """
 import torch
 from torch import nn
@@ -50,51 +50,26 @@ def load(part):
     draw = torch.Generator().manual_seed(["calibration", "search", "heldout"].index(part))
     return [torch.randn(8, 5, 32, generator=draw) for _ in range(2)]
 """
-STUDY = """
-[study]
-name = "tiny"
-[model]
-source = "python:model.py:build"
-[data]
-source = "python:model.py:load"
-[[space]]
-sites = "attention:*"
-options = ["keep", "v50%", "v50%+w8"]
-[devices.here]
-kind = "recorded"
-file = "timings.json"
-request = [{ phase = "forward", batch = 1 }]
-[limits]
-weight_bytes = "0.6x dense"
-[search]
-windows = 8
-tokens = 100
-"""
 
 
 def test_fewer_value_dimensions_are_exported_and_verified(
-    tmp_path: Path, journey_in: Callable[[Path], Journey]
+    tmp_path: Path, own_model: OwnModel
 ) -> None:
-    study = tmp_path / "study"
-    study.mkdir()
-    (study / "model.py").write_text(MODEL.lstrip())
-    (study / "study.toml").write_text(STUDY.lstrip())
-    record = runpy.run_path(str(ROOT / "benchmarks" / "tiny_study.py"))["record"]
-    record(study / "study.toml", study / "timings.json")
-    journey = journey_in(tmp_path)
-    told = journey.run("sites", study / "study.toml").out
+    options = ["keep", "v50%", "v50%+w8"]
+    journey = own_model(MODEL, "attention:*", options, "0.6x dense")
+    told = journey.run("sites", journey.study).out
     assert "vP% keeps some of the 16 value dimensions of each head" in " ".join(told.split())
     ended = journey.submit()
     assert (ended.status, ended.error) == (0, "")
     report = json.loads(journey.run("show", "tiny", "--json").out)
     assert report["uniform"]
     for point in report["front"]:
-        check(journey, tmp_path / f"{point['number']}", point, study)
+        check(journey, tmp_path / f"{point['number']}", point)
     used = {text for point in report["front"] for text in point["configuration"].values()}
     assert used >= {"v50%", "v50%+w8"}
 
 
-def check(journey: Journey, folder: Path, point: Any, study: Path) -> None:
+def check(journey: Journey, folder: Path, point: Any) -> None:
     """Export a point: its loss and bytes are the promised ones, its layers as narrow as said."""
     words = ("--to", folder, "--trial", point["number"])
     assert journey.run("export", "tiny", *words).status == 0
@@ -103,7 +78,7 @@ def check(journey: Journey, folder: Path, point: Any, study: Path) -> None:
     assert verified["loss_found"] == pytest.approx(verified["loss_promised"], rel=1e-3, abs=1e-9)
     tensors = load_file(folder / "model.safetensors")
     assert point["weight_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    code = runpy.run_path(str(study / "model.py"))
+    code = runpy.run_path(str(journey.folder / "model.py"))
     loaded = apportion.load(folder, model=code["build"])
     for block, option in enumerate(point["configuration"].values()):
         if option == "keep":
