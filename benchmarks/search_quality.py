@@ -5,9 +5,9 @@ Formula.     A solver's winner is the configuration of least mean KL on the full
              difference of their winners' held-out KL, paired over windows. Over the seeds:
              mean of the differences, standard error sqrt(sum of SE^2) / seeds.
              Tokens: windows x 128, summed over all proposals, loss table and baselines included.
-Assumptions. The shipped model and the demo's space of sites; a seed draws the windows
-             of all three parts of the data and all that a solver draws. evopress as published, in
-             its fastest form (16 offspring; survivors 1, 1; 512 and 8,192 tokens; 2 M in all).
+Assumptions. The shipped model, and a space of rounded bits, sparsity, rank and drops; a seed draws
+             the windows of all three parts of the data and all that a solver draws. evopress as
+             published, in its fastest form (16 offspring; survivors 1, 1; 512 and 8,192 tokens; 2 M in all).
              Nothing is timed: the device is a recording, and latency is not limited.
 Ceiling.     No solver beats the best configuration of the space, which is not known; a hybrid
              that is level with evopress at twice its tokens may be at that bound.
@@ -54,6 +54,14 @@ from apportion.studies.stages.search import Candidate, winner
 SOLVERS = ("uniform", "ilp", "evopress", "hybrid")
 LIMITS = ("1x w3g64", "0.95x w4g64")
 SEEDS = (0, 1, 2)
+SPACE = [
+    {
+        "sites": ["*.self_attn.*", "*.mlp.*"],
+        "options": ["dense", "bf16", "w8", "w8a8", "w4g64", "w4", "w3g64", "w3", "w2g64",
+                    "w3g64+r8", "s60%", "s50%+w4g64", "s80%+w4", "r50%", "r25%"],
+    },
+    {"sites": ["attention:*", "mlp:*", "block:*"], "options": ["keep", "drop"]},
+]  # fmt: skip
 TOKENS = {"uniform": 1_000_000, "ilp": 1_000_000, "evopress": 2_000_000, "hybrid": 1_000_000}
 PUBLISHED = {"offspring": 16, "survivors": [1, 1], "stages": [4, 64]}
 SHORTEST = Timing(operator_seconds=0.0, model_seconds=0.0)
@@ -99,6 +107,7 @@ def specification(cell: Cell) -> StudySpec:
     search: Row = {"solver": cell.solver, "tokens": TOKENS[cell.solver]}
     tables |= {
         "study": {"name": name, "seed": cell.seed},
+        "space": SPACE,
         "limits": {"weight_bytes": cell.limit},
         "search": search | {"windows": tables["search"]["windows"]} | sizes,
     }

@@ -119,6 +119,11 @@ class Option:
         return f"w{self.bits}{activations}{group}{suffix}"
 
     @property
+    def without_methods(self) -> str:
+        """Its text as if no method had been asked for."""
+        return str(replace(self, methods=()))
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """The steps that this option has, in their order; none for named options."""
         return tuple(step for step in STEPS if self._step(step))

@@ -7,6 +7,7 @@ from pathlib import Path
 from apportion.studies.specification.defaults import (
     CONTEXT,
     EVALUATIONS,
+    WEIGHT_OPTIONS,
     WINDOWS,
     physical_cores,
 )
@@ -36,7 +37,7 @@ batch = 8                  # windows in one forward pass
 # "apportion sites {file}" lists the sites; a pattern matches a name, a member's name or kind:name.
 [[space]]
 sites = ["linear:*", "conv:*"]
-options = ["dense", "bf16", "w8", "w8a8", "w4g64", "w3g64", "w4g64+r16", "s50%+w4g64", "r50%"]
+options = [{options}]
 unfit = "skip"             # leave out what does not fit a site or matches none; "refuse" says so instead
 
 [[space]]
@@ -105,6 +106,7 @@ def init_file(source: str, file: str = "study.toml") -> str:
         name=_name(source),
         source=source,
         dtype="float32" if is_python else "bfloat16",
+        options=", ".join(f'"{option}"' for option in WEIGHT_OPTIONS),
         data=(PYTHON_DATA if is_python else TEXT_DATA).format(context=context),
         threads=physical_cores(),
         request=PYTHON_REQUEST if is_python else TEXT_REQUEST.format(context=context),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from apportion.cost_models.table import CostTable, guarded_limit, guarded_rows
 from apportion.errors import InvalidInput
 from apportion.search.problem import Config, Problem
+from apportion.spaces.grammar import parse_option
 from apportion.spaces.space import DENSE, Space
 from apportion.studies.database.rows import Layout
 from apportion.studies.limits import Limit
@@ -94,13 +95,23 @@ class Prices:
         return Layout(dict(sites), tuple(self.costs(neutral)))
 
     def unit(self, option: str) -> Config:
-        """The uniform configuration that a limit is measured in. Raises InvalidInput."""
+        """The uniform configuration that a limit is measured in.
+
+        Options that differ by their method alone are stored and run alike (but for awq's scales),
+        so "w4g64" stands for the first of them where it is no option itself.
+
+        Raises:
+            InvalidInput: the space has no such option.
+        """
         if option == DENSE:
             return (0,) * len(self.space.sites)
-        if option not in self.uniform:
+        if option in self.uniform:
+            return self.uniform[option]
+        like = (text for text in self.uniform if parse_option(text).without_methods == option)
+        if (found := next(like, None)) is None:
             known = ", ".join([DENSE, *self.uniform])
             raise InvalidInput(f'"{option}" is no option of this space; units here: {known}')
-        return self.uniform[option]
+        return self.uniform[found]
 
     def limit_value(self, limit: Limit) -> float:
         """A limit in the unit of its kind. Raises InvalidInput with the key."""

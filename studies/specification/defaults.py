@@ -15,12 +15,10 @@ FIRST_STAGE = 8
 EVALUATIONS = 128
 """The budget: so many times the full search slice."""
 DEVICE = "here"
+WEIGHT_OPTIONS = ("dense", "bf16", "w8", "w8a8", "w4g64:gptq", "w3g64:gptq",
+                  "s50%:sparsegpt+w4g64:gptq", "r50%")  # fmt: skip
 SPACE = (
-    {
-        "sites": ["*"],
-        "options": ["dense", "bf16", "w8", "w8a8", "w4g64", "w3g64", "s50%+w4g64", "r50%"],
-        "unfit": "skip",
-    },
+    {"sites": ["*"], "options": list(WEIGHT_OPTIONS), "unfit": "skip"},
     {"sites": ["*"], "options": ["keep", "drop"], "unfit": "skip"},
 )
 

@@ -1,5 +1,6 @@
 """What a solver is told of costs: limits in every unit, guarded where they are latencies."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -72,6 +73,19 @@ def test_margin_is_charged_on_what_differs(prices: Prices) -> None:
     # bf16 saves 1 ms a layer against dense, of which 1 / 1.1 counts.
     assert (0, 1, 0) in feasible(prices, latency_here=f"{12.2 / 13}x dense")
     assert (0, 1, 0) not in feasible(prices, latency_here=f"{12.05 / 13}x dense")
+
+
+def test_unit_without_a_method_is_the_first_option_that_differs_by_it_alone(
+    prices: Prices,
+) -> None:
+    methods = {"w4:gptq": (0, 2, 2), "w4:hqq": (0, 3, 3), "w3g4": (0, 1, 1)}
+    named = replace(prices, uniform=methods)
+    assert named.unit("w4") == named.unit("w4:gptq") == (0, 2, 2)
+    assert named.unit("w4:hqq") == (0, 3, 3)
+    assert replace(prices, uniform=methods | {"w4": (0, 0, 2)}).unit("w4") == (0, 0, 2)
+    for other in ("w3", "w4:awq"):
+        with pytest.raises(InvalidInput, match="is no option of this space"):
+            named.unit(other)
 
 
 def test_absolute_limit_is_divided_above_the_base(prices: Prices) -> None:
