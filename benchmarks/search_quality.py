@@ -7,7 +7,8 @@ Formula.     A solver's winner is the configuration of least mean KL on the full
              Tokens: windows x 128, summed over all proposals, loss table and baselines included.
 Assumptions. The shipped model, and a space of rounded bits, sparsity, rank and drops; a seed draws
              the windows of all three parts of the data and all that a solver draws. evopress as
-             published, in its fastest form (16 offspring; survivors 1, 1; 512 and 8,192 tokens; 2 M in all).
+             published, in its fastest form (16 offspring; survivors 1, 1; 512 and 8,192 tokens;
+             2 M in all).
              Nothing is timed: the device is a recording, and latency is not limited.
 Ceiling.     No solver beats the best configuration of the space, which is not known; a hybrid
              that is level with evopress at twice its tokens may be at that bound.
