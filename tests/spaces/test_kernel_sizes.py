@@ -16,7 +16,7 @@ import apportion
 from apportion import Choice, elastic_kernel, sort_units, train_supernet
 from apportion.cost_models.static import resident_cost, weight_bytes
 from apportion.errors import InvalidInput
-from apportion.hashing import tensors_hash
+from apportion.hashing import content_hash, tensors_hash
 from apportion.spaces.artifact import TENSORS, write
 from apportion.spaces.batches import frozen
 from apportion.spaces.choice import find_choices
@@ -26,6 +26,8 @@ from apportion.spaces.entries import Entry, build_space
 from apportion.spaces.kernel_sizes import CenterKernel, make_kernels_plain, plain_parameters
 from apportion.spaces.narrowing import shared_copy
 from apportion.spaces.subnetworks import Supernet, extremes
+from apportion.workers.sources import open_model
+from apportion.workers.user_code import load_function
 
 CHANNELS, CLASSES = 4, 3
 SIZES = (7, 5, 3)
@@ -282,6 +284,21 @@ def test_alternatives_weigh_what_plain_convolutions_of_their_sizes_weigh(net, sa
     assert stored.rows[space.index("shrink")].tolist()[:2] == priced[:2]
 
 
+def test_block_that_no_entry_names_is_stored_with_all_its_kernels(net, sample, make_plan, tmp_path):
+    opened = make_kernels_plain(frozen(copy.deepcopy(net)))
+    space = build_space(discover(opened, sample).sites, ENTRIES[:1])
+    plan = make_plan(opened, space, {"shrink": "op:k5"})
+    source = {"kind": "python", "source": "there", "revision": "1", "dtype": "float32"}
+    write(tmp_path / "artifact", opened, plan, source, {})
+    loaded = apportion.load(tmp_path / "artifact", model=Net)
+    net.shrink.select("k5")
+    for block, other in zip(loaded.blocks, net.blocks, strict=True):
+        block.spatial.select("k3")
+        other.spatial.select("k3")
+    with torch.no_grad():
+        assert torch.equal(loaded(sample), net(sample))
+
+
 def test_largest_and_smallest_are_told_by_kernels_and_not_by_matrices():
     # the matrices of so few channels have more parameters than the convolution
     model = nn.Sequential(nn.Conv2d(1, CHANNELS, 1), elastic_kernel(depthwise(), SIZES))
@@ -342,8 +359,6 @@ def test_shared_weights_are_no_reason_against_the_block(net):
 
 
 def test_model_file_is_known_by_what_is_trained_and_opened_with_plain_kernels(tmp_path: Path):
-    from apportion.workers.sources import open_model
-
     code = """
     import torch
     from torch import nn
@@ -363,7 +378,10 @@ def test_model_file_is_known_by_what_is_trained_and_opened_with_plain_kernels(tm
     (tmp_path / "model.py").write_text("\n".join(line[4:] for line in code.splitlines()))
     one = open_model("python:model.py:build", "bfloat16", tmp_path)
     other = open_model("python:model.py:turned", "bfloat16", tmp_path)
-    assert one.revision != other.revision
+    torch.manual_seed(0)
+    function = load_function("python:model.py:build", tmp_path, "model.source")
+    given = tensors_hash(dict(function().bfloat16().state_dict()))
+    assert one.revision == content_hash([function.hash, given])
     kernels = [each.model.get_parameter("1.alternatives.k3.weight") for each in (one, other)]
     assert kernels[0].dtype == torch.bfloat16 and not kernels[0].requires_grad
     assert torch.equal(kernels[0], -kernels[1])
