@@ -35,6 +35,7 @@ ENTRIES = [
     Entry(("shrink",), ("op:k7", "op:k5")),
     Entry(("choice:*",), ("op:k7", "op:k5", "op:k3")),
     Entry(("block:*",), ("keep", "drop")),
+    Entry(("mlp:*",), ("keep", "c50%:first")),
 ]
 
 
@@ -242,6 +243,7 @@ CONFIGURATIONS = [
     {"shrink": "op:k5"},
     {"blocks.0.spatial": "op:k5", "blocks.1.spatial": "op:k3"},
     {"shrink": "op:k5", "blocks.0": "drop", "blocks.1.spatial": "op:k5"},
+    {"blocks.0.spatial": "op:k3", "blocks.0.mlp": "c50%:first", "blocks.1.mlp": "c50%:first"},
 ]
 
 
@@ -268,7 +270,7 @@ def test_artifact_holds_plain_kernels_gives_the_trained_output_and_has_the_price
     }
 
     loaded = apportion.load(tmp_path / "artifact", model=Net)
-    options = {"block:*": ("keep", "drop")}
+    options = {"block:*": ("keep", "drop"), "mlp:*": ("keep", "c50%:first")}
     supernet = Supernet(net, trained_space(net.eval(), options, lambda: sample))
     with torch.no_grad():
         assert torch.equal(loaded(sample), supernet.run(space.canonical(configuration), sample))
@@ -276,7 +278,7 @@ def test_artifact_holds_plain_kernels_gives_the_trained_output_and_has_the_price
 
 def test_alternatives_weigh_what_plain_convolutions_of_their_sizes_weigh(net, sample):
     opened = make_kernels_plain(frozen(net))
-    space = build_space(discover(opened, sample).sites, ENTRIES)
+    space = build_space(discover(opened, sample).sites, ENTRIES[:2])
     stored, held = weight_bytes(opened, space), resident_cost(opened, space, {})
     priced = [4 * CHANNELS * (size**2 + 1) for size in SIZES]
     place = space.index("blocks.0.spatial")
