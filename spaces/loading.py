@@ -17,6 +17,7 @@ from apportion.spaces.apply import WRITTEN_BACK, drop, install_groups, install_n
 from apportion.spaces.artifact import CONSTANT, DESCRIPTION, FORMAT_VERSION, PACKED, TENSORS
 from apportion.spaces.batches import frozen
 from apportion.spaces.choice import choice_at
+from apportion.spaces.kernel_sizes import make_kernels_plain
 from apportion.spaces.layers import tied_names
 from apportion.spaces.narrowing import narrowed_copy
 from apportion.spaces.padding import served_by
@@ -63,7 +64,7 @@ def load(folder: str | Path, model: Callable[[], nn.Module] | None = None) -> nn
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise InvalidInput(f"{folder / TENSORS} cannot be read: {error}") from error
-    dense = frozen(_skeleton(folder, description, model))
+    dense = frozen(make_kernels_plain(_skeleton(folder, description, model)))
     try:
         _assemble(dense, description, tensors)
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:

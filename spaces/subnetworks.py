@@ -19,6 +19,7 @@ from apportion.spaces.apply import Dropped, chosen_alternatives
 from apportion.spaces.batches import Batch, call
 from apportion.spaces.choice import OPERATION, choice_at
 from apportion.spaces.grammar import Option
+from apportion.spaces.kernel_sizes import plain_parameters
 from apportion.spaces.narrowing import narrowed_copy, put_vectors, unit_vectors, unit_weights
 from apportion.spaces.parts import first_units
 from apportion.spaces.sites import Site, Width
@@ -67,8 +68,9 @@ class Supernet:
     def size(self, site: Site, text: str) -> int:
         """The number of parameters that are there at a site under an option."""
         if site.choices:
-            module = self.choices[site.name].alternatives[text.removeprefix(OPERATION)]
-        elif text == KEEP:
+            name = text.removeprefix(OPERATION)
+            return plain_parameters(self.choices[site.name].alternatives[name])
+        if text == KEEP:
             module = self.model.get_submodule(site.name)
         else:
             module = self._stand_ins[site.name, text].module

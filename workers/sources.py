@@ -13,6 +13,7 @@ from apportion.errors import InvalidInput
 from apportion.hashing import content_hash, tensors_hash
 from apportion.kernels.formats import DTYPES
 from apportion.spaces.batches import Batch, frozen
+from apportion.spaces.kernel_sizes import make_kernels_plain
 from apportion.workers import hugging_face, text, user_code
 from apportion.workers.samples import PARTS, Part, Samples, named_tensors, windows_in
 
@@ -99,9 +100,10 @@ def _open_python_model(source: str, dtype: str, base: Path) -> OpenedModel:
             f"model.source: {build.source} returned {type(model).__name__}, not an nn.Module; "
             "its signature is def build() -> nn.Module"
         )
-    model = frozen(model.to(DTYPES[dtype]))
+    model = model.to(DTYPES[dtype])
+    # Of what was given, not of products of it, whose last bits differ from machine to machine.
     revision = content_hash([build.hash, tensors_hash(dict(model.state_dict()))])
-    return OpenedModel(model, None, revision, build.source, False)
+    return OpenedModel(frozen(make_kernels_plain(model)), None, revision, build.source, False)
 
 
 def _source_of(section: Mapping[str, Any], part: Part) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apportion.spaces.choice import Choice
+    from apportion.spaces.kernel_sizes import elastic_kernel
     from apportion.spaces.loading import load
     from apportion.spaces.supernet import train_supernet
     from apportion.spaces.unit_order import sort_units
@@ -17,6 +18,7 @@ __all__ = [
     "Study",
     "StudySpec",
     "__version__",
+    "elastic_kernel",
     "load",
     "sort_units",
     "train_supernet",
@@ -26,6 +28,7 @@ _HOMES = {
     "Choice": "apportion.spaces.choice",
     "Study": "apportion.studies.study",
     "StudySpec": "apportion.studies.specification",
+    "elastic_kernel": "apportion.spaces.kernel_sizes",
     "load": "apportion.spaces.loading",
     "sort_units": "apportion.spaces.unit_order",
     "train_supernet": "apportion.spaces.supernet",
