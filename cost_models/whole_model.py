@@ -25,13 +25,19 @@ Implementations = Mapping[str, Mapping[str, str]]
 
 def signature(module: nn.Module, given: Sequence[Given] = ()) -> str:
     """32 hexadecimal digits of what a module is made of and what its layers are given."""
-    parts = [[name, type(part).__name__] for name, part in module.named_modules()]
+    parts = [[name, *_described(part)] for name, part in module.named_modules()]
     tensors = [
         [name, str(t.dtype), list(t.shape)]
         for name, t in itertools.chain(module.named_parameters(), module.named_buffers())
     ]
     inputs = [[list(each.shape), each.dtype] for each in given]
     return content_hash([parts, tensors, inputs])
+
+
+def _described(part: nn.Module) -> list[str]:
+    """Its type; of a convolution or a pooling also its geometry, which no shape of a tensor has."""
+    geometry = [part.extra_repr()] if hasattr(part, "stride") else []
+    return [type(part).__name__, *geometry]
 
 
 def configured(

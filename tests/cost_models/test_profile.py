@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from apportion.cost_models import operators
 from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
@@ -14,7 +15,7 @@ from apportion.cost_models.recorded import read_recorded, write_recorded
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.rows import shape_of
 from apportion.cost_models.session import Timing
-from apportion.cost_models.whole_model import compare_models
+from apportion.cost_models.whole_model import compare_models, signature
 from apportion.errors import InvalidInput
 from apportion.spaces.discovery import discover
 from apportion.spaces.entries import Entry, build_space
@@ -172,3 +173,12 @@ def test_profile_option_that_nothing_serves_costs_as_dense(
     refused = space.texts[site].index("w8a8")
     assert profile.rows[site][refused] == profile.rows[site][0]
     assert "w8a8" in profile.uncredited["blocks.0.mlp.down"]
+
+
+def test_modules_that_differ_in_geometry_alone_are_not_timed_as_one() -> None:
+    def of(stride: int, pool: int) -> str:
+        parts = (nn.Conv2d(2, 2, 3, stride, padding=1), nn.MaxPool2d(pool), nn.ReLU())
+        return signature(nn.Sequential(*parts))
+
+    assert of(1, 2) == of(1, 2)
+    assert len({of(1, 2), of(2, 2), of(1, 3)}) == 3
