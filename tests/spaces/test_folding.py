@@ -49,7 +49,7 @@ def make(make_model):
         sizes = dict(hidden_size=32, intermediate_size=64, vocab_size=96, num_hidden_layers=3)
         heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
         model = GemmaForCausalLM(GemmaConfig(**sizes, **heads)).eval().requires_grad_(False)
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             if value.ndim == 1:
                 value.add_(0.3 * torch.randn_like(value))
         return model
