@@ -83,22 +83,20 @@ def _norms_of(
         call: what it was given.
         calls: what modules were given, by their paths below the block.
     """
-    given = {
-        place: list(_given_by(module, members, calls))
-        for place, members in enumerate(groups_below(name, inside))
-    }
-    found: dict[int, Norm] = {}
-    if not any(given.values()):
-        return found
-    try:
-        precise, run = in_float32(module), runner(call)
-        for place, members in enumerate(groups_below(name, inside)):
-            norms = (n for p in given[place] for n in _forms(precise, p, calls[p]))
-            proven = (norm for norm in norms if _is_read_alone(precise, norm, members, run))
-            if (norm := next(proven, None)) is not None:
-                found[place] = norm
-    except (NotRun, RuntimeError, TypeError):  # a block that cannot be copied, or run by itself
+    groups = groups_below(name, inside)
+    given = [list(_given_by(module, members, calls)) for members in groups]
+    if not any(given):
         return {}
+    try:
+        precise = in_float32(module)
+    except (RuntimeError, TypeError):  # what cannot be copied is not tried
+        return {}
+    run, found = runner(call), dict[int, Norm]()
+    for place, (paths, members) in enumerate(zip(given, groups, strict=True)):
+        norms = (norm for path in paths for norm in _forms(precise, path, calls[path]))
+        proven = (norm for norm in norms if _is_read_alone(precise, norm, members, run))
+        if (norm := next(proven, None)) is not None:
+            found[place] = norm
     return found
 
 
@@ -125,7 +123,9 @@ def _forms(module: nn.Module, path: str, call: Call) -> Iterator[Norm]:
     for names in permutations(own):
         for offset in OFFSETS:
             without = {names[0]: torch.full_like(own[names[0]], -offset)}
-            output = run(lambda *a, w=without, **k: functional_call(part, w, a, k))
+            output = _output(part, without, run)
+            if output is None:
+                return
             rows = output.reshape(-1, output.shape[-1])
             if bool((rows == rows[0]).all()):
                 yield Norm(path, names, offset)
@@ -154,15 +154,27 @@ def _is_read_alone(module: nn.Module, norm: Norm, members: Sequence[Member], run
         matrix_of(weight, member).div_(factors.to(weight))
         undone[member.parameter_path] = weight
 
-    def given(tensors: dict[str, Tensor]) -> Tensor:
-        return run(lambda *a, **k: _all_of(functional_call(module, tensors, a, k)))
-
-    expected, changed, both = given(before), given(after), given(after | undone)
+    expected, changed, both = (
+        _output(module, tensors, run) for tensors in (before, after, after | undone)
+    )
+    if expected is None or changed is None or both is None:
+        return False
     if difference(changed, expected, both) is not None:
         return False
     return bool((both - expected).norm() <= SHARE * (changed - expected).norm())
 
 
-def _all_of(output: Any) -> Tensor:
-    """All numbers that a block returns, not only those that it hands on."""
-    return torch.cat([tensor.flatten().float() for tensor in leaves(output)])
+def _output(module: nn.Module, tensors: Mapping[str, Tensor], run: Run) -> Tensor | None:
+    """All numbers that a module returns, not only those that it hands on; None: it fails.
+
+    As they are shaped where they are one tensor.
+    """
+
+    def forward(*args: Any, **keywords: Any) -> Tensor:
+        found = leaves(functional_call(module, dict(tensors), args, keywords))
+        return found[0] if len(found) == 1 else torch.cat([each.flatten() for each in found])
+
+    try:
+        return run(forward)
+    except NotRun:
+        return None
