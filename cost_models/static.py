@@ -19,7 +19,7 @@ from apportion.spaces.compressors.compose import RANK_MULTIPLE
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import unit_vectors
 from apportion.spaces.padding import DENSE_DTYPES, served_by
-from apportion.spaces.parts import first_units, part_shapes, parts, treated_site
+from apportion.spaces.parts import first_units, folded_norm, part_shapes, parts, treated_site
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP_MEAN, KEEP, Space
 
@@ -105,7 +105,8 @@ def resident_cost(
         if given != name:  # as large as the dense layers
             width = DTYPES[DENSE_DTYPES[name]].itemsize
             return float(sum(m.shape.weights for group in site.groups for m in group) * width)
-        key = (name, str(option), part_shapes(site, option, rank_multiple))
+        folds = folded_norm(site, option) is not None
+        key = (name, str(option), folds, part_shapes(site, option, rank_multiple))
         if key not in held:
             weights = iter(stored(site, option).weights)
             built = [

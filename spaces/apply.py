@@ -235,8 +235,10 @@ def apply(
         elif site.written_back:
             write_back(model, site.members, stored(site, option).weights)
         else:
-            weights = stored(site, option).weights
-            install_groups(model, site.groups, weights, implementations[site.name][text])
+            found = stored(site, option)
+            install_groups(model, site.groups, found.weights, implementations[site.name][text])
+            for path, vector in found.vectors(site).items():
+                set_parameter(model, path, vector)
     for place, site in enumerate(space.sites):
         # A sub-block under a dropped block is gone with it: the canonical option is keep there.
         option = space.options[place][config[place]]

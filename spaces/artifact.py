@@ -136,7 +136,8 @@ def contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     packed = _packed_sites(plan)
     tensors = remainder(model, plan, packed)
     for each in packed:
-        tensors |= each.tensors()
+        # a norm that took in scales of a site's inputs is the model's own, with other numbers
+        tensors |= each.tensors() | each.stored.vectors(each.site)
     dropped = []
     for site, option in _dropped(plan):
         entry: dict[str, Any] = {

@@ -19,7 +19,7 @@ from apportion.spaces.stored import StoredSite
 # Part of every entry's name: raise it when a compressor gives other numbers than before
 # (tests/spaces/test_bank.py holds a golden entry that notices).
 COMPRESSOR_VERSION = 3
-HASH, CONSTANT, BIASES = "tensors", "constant", "biases"
+HASH, CONSTANT, BIASES, NORM = "tensors", "constant", "biases", "norm"
 
 
 class NotFetched(ApportionError):
@@ -46,7 +46,8 @@ class Bank:
     (Entries that were written before there was one are read as they are.) Of a treatment the header
     is {"members": those, "kept": numbers of the units that stay}, and where biases are stored too,
     as tensors `biases.MEMBER`, "biases": their hash; of a constant, whose tensor is named so,
-    {"members": [], "constant": its hash}.
+    {"members": [], "constant": its hash}; of scales in a norm, whose vectors are tensors
+    `norm.NUMBER`, {"members": those, "norm": the vectors' hash}.
     """
 
     def __init__(
@@ -102,6 +103,10 @@ class Bank:
         if stored.biases:
             tensors |= {f"{BIASES}.{place}": bias for place, bias in biases.items()}
             more[BIASES] = tensors_hash(biases)
+        norm = {f"{number}": vector.contiguous() for number, vector in enumerate(stored.norm)}
+        if norm:
+            tensors |= {f"{NORM}.{number}": vector for number, vector in norm.items()}
+            more[NORM] = tensors_hash(norm)
         # one key: safetensors writes several in any order, and equal entries are equal files
         told = {"members": header, **more} if more else header
         content = save(tensors, metadata={"members": json.dumps(told)})
@@ -138,7 +143,9 @@ class Bank:
             weights = [_member(place, header[place], tensors) for place in range(len(header))]
             constant = _constant(more[CONSTANT], tensors) if CONSTANT in more else None
             biases = _biases(len(header), more[BIASES], tensors) if BIASES in more else ()
-            return StoredSite(tuple(weights), kept and tuple(map(int, kept)), constant, biases)
+            norm = tuple(_named(NORM, more[NORM], tensors).values()) if NORM in more else ()
+            kept = kept and tuple(map(int, kept))
+            return StoredSite(tuple(weights), kept, constant, biases, norm)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ApportionError(f"bank entry {path} cannot be read: {error}") from error
 
@@ -154,11 +161,17 @@ def _member(place: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def _biases(count: int, expected: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    prefix = f"{BIASES}."
-    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    own = _named(BIASES, expected, tensors)
+    return tuple(own.get(f"{place}") for place in range(count))
+
+
+def _named(group: str, expected: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors `GROUP.NUMBER` by their numbers in ascending order."""
+    prefix = f"{group}."
+    own = {n.removeprefix(prefix): t for n, t in sorted(tensors.items()) if n.startswith(prefix)}
     if tensors_hash(own) != expected:
         raise ValueError("its numbers are not those that were written: the disk is faulty")
-    return tuple(own.get(f"{place}") for place in range(count))
+    return own
 
 
 def _constant(expected: str, tensors: Mapping[str, Tensor]) -> Tensor:

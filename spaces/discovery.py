@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apportion.spaces.batches import Batch
 from apportion.spaces.choice import find_choices
 from apportion.spaces.layers import Layer, find_layers, owners_of
+from apportion.spaces.norms import with_norms
 from apportion.spaces.probing import Call, probe
 from apportion.spaces.sites import Member, Site, group_name
 from apportion.spaces.uses import Views, known_views, routers, watched_views
@@ -76,6 +77,7 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     structure.sort(key=lambda site: order[site.name])
     weights.sort(key=lambda site: order[_owner(site)])
+    weights = with_norms(model, blocks, weights, seen.calls)
     found = find_widths(model, structure, weights, untreated, seen.calls)
     widths, fixed_widths = parted({name: each.width for name, each in found.items()})
     values, fixed_values = parted({name: each.values for name, each in found.items()})

@@ -6,6 +6,7 @@ from apportion.kernels.formats import Format, LayerShape
 from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of, refusal
 from apportion.spaces.compressors.restructure import kept_units, unit_refusal, width_refusal
 from apportion.spaces.compressors.values import kept_values, value_refusal
+from apportion.spaces.folding import Norm
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site, Width
 from apportion.spaces.views import not_written_back
@@ -35,6 +36,14 @@ def treated_site(site: Site, option: Option) -> Site:
     return replace(site, width=site.values)
 
 
+def folded_norm(site: Site, option: Option) -> Norm | None:
+    """What takes in the scales of a site's inputs under an option; None: the site, if it has any.
+
+    A treatment's layers keep theirs, because the norm is around its sub-block.
+    """
+    return site.norm if option.scales_inputs else None
+
+
 def part_shapes(
     site: Site, option: Option, rank_multiple: int = RANK_MULTIPLE
 ) -> tuple[tuple[LayerShape, ...], ...]:
@@ -55,12 +64,14 @@ def parts(
         InvalidInput: the option is refused.
     """
     left = option.rest if option.narrows else option
+    folds = folded_norm(site, option) is not None
+
+    def format(shape: LayerShape) -> Format:
+        found = format_of(left, shape, model_dtype, rank_multiple)
+        return replace(found, input_scaled=False) if folds else found
+
     return tuple(
-        Part(
-            members,
-            shapes,
-            tuple(format_of(left, shape, model_dtype, rank_multiple) for shape in shapes),
-        )
+        Part(members, shapes, tuple(map(format, shapes)))
         for members, shapes in zip(
             left_groups(site, option), part_shapes(site, option, rank_multiple), strict=True
         )

@@ -1,21 +1,25 @@
 """One entry of the bank made: a site's weights under an option."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from apportion.hashing import content_hash, tensors_hash
 from apportion.kernels.formats import DTYPES, StoredWeight
 from apportion.spaces.apply import bias_of, member_weight
 from apportion.spaces.compressors.compose import realize
+from apportion.spaces.compressors.folded import realize_folded
 from apportion.spaces.compressors.treatment import realize_treatment
+from apportion.spaces.folding import Norm, fold
 from apportion.spaces.grammar import Option
-from apportion.spaces.parts import treated_site
+from apportion.spaces.parts import folded_norm, treated_site
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DROP_MEAN
 from apportion.spaces.statistics import StatisticsFiles
 from apportion.spaces.stored import StoredSite
+from apportion.spaces.views import parameter_at
 
 
 def source_hashes(model: nn.Module, site: Site, options: Sequence[Option]) -> dict[str, str]:
@@ -35,8 +39,15 @@ def source_hashes(model: nn.Module, site: Site, options: Sequence[Option]) -> di
         if width is not None and option.value_percent is not None:
             biases = {c.member.path: bias_of(model, c.member.module) for c in width.cuts}
             made_from.append(tensors_hash({n: b for n, b in biases.items() if b is not None}))
-        found[str(option)] = content_hash(made_from) if width is not None else weights
+        if (norm := folded_norm(site, option)) is not None:
+            vectors = dict(zip(norm.vectors, _vectors(model, norm), strict=True))
+            made_from += [norm.offset, list(norm.vectors), tensors_hash(vectors)]
+        found[str(option)] = content_hash(made_from) if len(made_from) > 1 else weights
     return found
+
+
+def _vectors(model: nn.Module, norm: Norm) -> list[Tensor]:
+    return [parameter_at(model, path).detach() for path in norm.paths]
 
 
 def realize_site(
@@ -76,6 +87,13 @@ def realize_site(
         return realize_treatment(
             weights, width, option, found, model_dtype, rank_multiple, scores, biases
         )
+    if (norm := folded_norm(site, option)) is not None:
+        shapes, seen = [member.shape for member in site.members], statistics.of(site.name)
+        into = partial(fold, _vectors(model, norm), norm.offset)
+        made, vectors = realize_folded(
+            weights, shapes, option, seen, into, model_dtype, rank_multiple
+        )
+        return StoredSite(made, norm=vectors)
     names = [n for n, group in zip(site.input_names, site.groups, strict=True) for _ in group]
     stored = (
         realize(weight, member.shape, option, statistics.of(name), model_dtype, rank_multiple)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 from apportion.kernels.formats import LayerShape
+from apportion.spaces.folding import Norm
 
 OutputForm = Literal["tensor", "tuple"]
 Side = Literal["out", "in", "groups", "whole"]
@@ -225,6 +226,7 @@ class Site:
         constant: shape of the constant that `drop:mean` adds in place of a structure site:
             `[features]`, or `[channels, 1, 1]` of a convolutional one.
         unseen: why nobody sees what weights that are written back are multiplied with, or None.
+        norm: what a weight site alone reads and can take in scales of its inputs, or None.
     """
 
     name: str
@@ -240,6 +242,7 @@ class Site:
     values: Width | None = None
     constant: tuple[int, ...] = ()
     unseen: str | None = None
+    norm: Norm | None = None
 
     @property
     def is_structure(self) -> bool:

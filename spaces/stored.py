@@ -21,12 +21,21 @@ class StoredSite:
             shape `Site.constant`; None of any other.
         biases: of `vP%` the bias of each cut of its width, None where the layer has none; empty of
             any other, whose biases are the model's own.
+        norm: of scales of inputs that are folded into `Site.norm` its vectors; empty of any other,
+            whose norm is the model's own.
     """
 
     weights: tuple[StoredWeight, ...]
     kept: tuple[int, ...] | None = None
     constant: Tensor | None = None
     biases: tuple[Tensor | None, ...] = ()
+    norm: tuple[Tensor, ...] = ()
+
+    def vectors(self, site: Site) -> dict[str, Tensor]:
+        """What takes the place of vectors of the site's norm, by their names in the model."""
+        if site.norm is None or not self.norm:
+            return {}
+        return dict(zip(site.norm.paths, self.norm, strict=True))
 
 
 Stored = Callable[[Site, Option], StoredSite]

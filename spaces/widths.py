@@ -79,8 +79,8 @@ def find_widths(
             continue
         inside = [weight for weight in weights if _is_below(weight.members[0].module, site.name)]
         module, call = model.get_submodule(site.name), calls[site.name]
-        groups = _groups_below(site.name, inside)
-        likeness = _likeness(module, site.kind, groups, call)
+        groups = groups_below(site.name, inside)
+        likeness = likeness_of(module, site.kind, groups, call)
         if likeness not in experts:
             experts[likeness] = find_experts(module, groups, call)
         mixture = experts[likeness]
@@ -136,14 +136,15 @@ def _refusal(
     return next(below, None)
 
 
-def _groups_below(site: str, inside: Iterable[Site]) -> Groups:
+def groups_below(site: str, inside: Iterable[Site]) -> Groups:
+    """The members of weight sites in a structure site, with paths below it."""
     return tuple(
         tuple(replace(m, module=m.module.removeprefix(site).lstrip(".")) for m in weight.members)
         for weight in inside
     )
 
 
-def _likeness(module: nn.Module, kind: str, groups: Groups, call: Call) -> Any:
+def likeness_of(module: nn.Module, kind: str, groups: Groups, call: Call) -> Any:
     """Equal for sub-blocks whose code, settings, shapes and inputs are; the tensors may differ."""
     settings = [
         (path, type(part), name, value if isinstance(value, str | int | float) else id(value))

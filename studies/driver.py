@@ -44,6 +44,7 @@ def drive(context: Context) -> None:
     found = _discover(context)
     discover.check_unchanged(context, found)
     discover.check_starts(found)
+    discover.check_norms(context, found)
     starts = found.get("start", ())
     profiled = context.stage("profile", lambda: profile.run(context, starts))
     prices = profile.prices(context, profiled)

@@ -82,6 +82,8 @@ def _note(site: Site, space: Space | None, found: Discovery) -> str:
         return f"{told}, no input statistics: {site.unseen}" if site.unseen else told
     if site.name in found.unreached:
         return "not reached when it was tried: no input statistics unless calibration reaches it"
+    if site.norm is not None:
+        return f"scales of awq go into {site.norm.module}, which it alone reads"
     is_grouped = any(m.shape.conv is not None and m.shape.conv.groups > 1 for m in site.members)
     return "no input statistics: a grouped convolution" if is_grouped else ""
 

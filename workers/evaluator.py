@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from apportion.errors import ApportionError, InvalidInput
 from apportion.spaces.apply import Dropped, bias_of
@@ -131,6 +131,8 @@ class Evaluator:
             for member in members
             if member.written_back
         }
+        norms = (site.norm.paths for site in space.sites if site.norm is not None)
+        self._parameters |= {p: parameter_at(self.model, p) for paths in norms for p in paths}
         self._biases = {path: bias_of(self.model, path) for path in self._layers}
 
     def _forward_without_cache(self) -> None:
@@ -285,11 +287,18 @@ class Evaluator:
 
     def _set_layers(self, site: Site, option: str) -> None:
         paths = [member.module for member in site.members]
-        layers = [self._layers[path] for path in paths]
+        layers, vectors = [self._layers[path] for path in paths], self._norm_vectors(site)
         if option != DENSE:
-            layers = self._store.get(site, option, [self._biases[path] for path in paths])
+            found = self._store.get(site, option, [self._biases[path] for path in paths])
+            layers, vectors = found.layers, vectors | found.parameters
         for path, layer in zip(paths, layers, strict=True):
             self.model.set_submodule(path, layer)
+        for path, tensor in vectors.items():
+            set_parameter(self.model, path, tensor)
+
+    def _norm_vectors(self, site: Site) -> dict[str, Tensor]:
+        """The dense vectors of the norm that an option of a site may change."""
+        return {path: self._parameters[path] for path in (site.norm.paths if site.norm else ())}
 
     def _set_parameters(self, site: Site, option: str) -> None:
         paths = {member.parameter_path for member in site.members}

@@ -46,21 +46,22 @@ class RealizedStore:
         self.used_bytes = 0
         self._held: OrderedDict[tuple[str, str], Realized] = OrderedDict()
 
-    def get(self, site: Site, option: str, biases: Sequence[Tensor | None]) -> list[nn.Module]:
-        """One layer for each member.
+    def get(self, site: Site, option: str, biases: Sequence[Tensor | None]) -> Realized:
+        """One layer for each member, and the vectors of the site's norm where they change.
 
         Raises:
             ApportionError: the bank does not hold the option.
         """
 
         def realize() -> Realized:
+            stored = self._stored(site, option)
             layers: list[nn.Module] = [
-                reference_layer(stored, bias).eval()
-                for stored, bias in zip(self._stored(site, option).weights, biases, strict=True)
+                reference_layer(weight, bias).eval()
+                for weight, bias in zip(stored.weights, biases, strict=True)
             ]
-            return Realized(layers, {})
+            return Realized(layers, stored.vectors(site))
 
-        return self._hold(site, option, realize).layers
+        return self._hold(site, option, realize)
 
     def parameters(self, site: Site, option: str, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values of a site's parameters where they are written back.

@@ -10,7 +10,8 @@ of alpha = 0, 0.05, ..., 0.95 the one of least output error. As published, but f
   moments alone. The error is exact all the same: tr(E M E^T), E what is lost, M the moment.
 - The scales are this layer's own, stored and multiplied by at run time. The authors fold them into
   what makes the input, so layers that read one input share them, and of these they take the error
-  of the whole attention or MLP.
+  of the whole attention or MLP. Where they can go into a norm, `folded` does so too, by the error
+  of the layers.
 - Every alpha is tried with the rounding of `quantize`, clipping search included. The authors try
   minimum-maximum ranges, and clip when alpha is chosen.
 - They raise a^alpha to 1e-4 at least. Here an input that calibration never saw counts as an average
@@ -51,11 +52,10 @@ def awq(
         kept: bool [out, in]; weights that are False count as zero and their codes mean nothing.
     """
     mean_square = second_moment.diagonal()
-    magnitude = _magnitude(mean_square)
+    magnitude = magnitudes(mean_square)
 
     def tried(alpha: float) -> Quantized:
-        s = magnitude**alpha
-        input_scale = ((s.max() * s.min()).sqrt() / s).bfloat16()
+        input_scale = rates(magnitude, alpha).bfloat16()
         rate = input_scale.float()
         met = mean_square * rate.double().square()
         found = quantize(weight / rate, bits, group, symmetric, kept, met)
@@ -63,19 +63,25 @@ def awq(
 
     def error(found: Quantized) -> float:
         values = found.values(bits)
-        return _output_error(weight, values if kept is None else values * kept, second_moment)
+        return output_error(weight, values if kept is None else values * kept, second_moment)
 
     return min(map(tried, ALPHAS), key=error)
 
 
-def _magnitude(mean_square: Tensor) -> Tensor:
+def magnitudes(mean_square: Tensor) -> Tensor:
     """float64 [in] around 1: root mean squares, those of dead inputs the mean of the live ones."""
     live = mean_square > 0
     known = mean_square.where(live, mean_square[live].mean())
     return relative_importance(known, len(known)).double().sqrt()
 
 
-def _output_error(weight: Tensor, stored: Tensor, second_moment: Tensor) -> float:
+def rates(magnitude: Tensor, alpha: float) -> Tensor:
+    """float64 [in], 1 / s: what inputs of these magnitudes are multiplied by."""
+    s = magnitude**alpha
+    return (s.max() * s.min()).sqrt() / s
+
+
+def output_error(weight: Tensor, stored: Tensor, second_moment: Tensor) -> float:
     """tr(E M E^T) in float64, E = weight - stored [out, in]."""
     pairs = zip(torch.split(weight, ROWS), torch.split(stored, ROWS), strict=True)
     lost = (rows.double() - of.double() for rows, of in pairs)

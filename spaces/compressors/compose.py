@@ -164,27 +164,39 @@ def realize(
             finite.
     """
     format = format_of(option, shape, model_dtype, rank_multiple)
-    _check(weight, shape, statistics)
+    check_layer(weight, shape, statistics)
     weight = weight.detach().float()
     methods = effective_methods(option, statistics is not None)
     moment = None if statistics is None else statistics.second_moment
     if format.rank is not None:
         whitening = moment if methods["r"] == "whitened" else None
         tensors = _factors(weight, shape, format, format.rank, whitening)
-        return _finite(StoredWeight(format, shape, tensors), option)
-    left, kept = _sparsified(weight, option, methods, moment)
+        return finite(StoredWeight(format, shape, tensors), option)
+    left, kept = sparsified(weight, option, methods, moment)
     plain = replace(format, residual_rank=None)
     tensors = encode(left, plain, kept, moment, methods.get("w"))
     if option.static_activations:
         tensors["activation_scale"] = scale_of(None if statistics is None else statistics.peak)
-    stored = _finite(StoredWeight(plain, shape, tensors), option)
-    if format.residual_rank is None:
+    stored = finite(StoredWeight(plain, shape, tensors), option)
+    return repaired(weight, stored, option, methods, moment)
+
+
+def repaired(
+    weight: Tensor,
+    stored: StoredWeight,
+    option: Option,
+    methods: Mapping[str, str],
+    moment: Tensor | None,
+) -> StoredWeight:
+    """What is stored, with the option's residual, if it has one, of what it lost of `weight`."""
+    if option.residual_rank is None:
         return stored
     whitening = moment if methods["residual"] == "whitened" else None
-    repair = residual_pair(weight, reference_weight(stored), format.residual_rank, whitening)
+    repair = residual_pair(weight, reference_weight(stored), option.residual_rank, whitening)
     names = ("residual_left", "residual_right")
     tensors = stored.tensors | _named(names, repair, torch.bfloat16)
-    return _finite(StoredWeight(format, shape, tensors), option)
+    format = replace(stored.format, residual_rank=option.residual_rank)
+    return finite(StoredWeight(format, stored.shape, tensors), option)
 
 
 def forget_factorizations() -> None:
@@ -193,7 +205,8 @@ def forget_factorizations() -> None:
     forget_root()
 
 
-def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None) -> None:
+def check_layer(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None) -> None:
+    """Raise InvalidInput unless a weight and its inputs' statistics are finite and fit."""
     expected = (shape.out_features, shape.in_features)
     if tuple(weight.shape) != expected:
         raise InvalidInput(f"weight is {list(weight.shape)}, its layer {list(expected)}")
@@ -210,7 +223,8 @@ def _check(weight: Tensor, shape: LayerShape, statistics: InputStatistics | None
         raise InvalidInput("calibration inputs hold values that are not finite (NaN or infinite)")
 
 
-def _finite(stored: StoredWeight, option: Option) -> StoredWeight:
+def finite(stored: StoredWeight, option: Option) -> StoredWeight:
+    """What is stored. Raises InvalidInput where it holds NaN or infinite values."""
     for name, tensor in stored.tensors.items():
         if not tensor.isfinite().all():
             raise InvalidInput(
@@ -220,7 +234,7 @@ def _finite(stored: StoredWeight, option: Option) -> StoredWeight:
     return stored
 
 
-def _sparsified(
+def sparsified(
     weight: Tensor, option: Option, methods: Mapping[str, str], moment: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """What sP% or N:M leaves: the weights, and bool [out, in] which of them; None: all."""

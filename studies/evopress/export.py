@@ -3,12 +3,17 @@
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from apportion.errors import InvalidInput
 from apportion.kernels.reference import reference_weight
+from apportion.spaces.folding import folded_rate
 from apportion.spaces.grammar import parse_option
+from apportion.spaces.sites import Site
 from apportion.spaces.space import DENSE, DROP, DROP_MEAN, Space
+from apportion.spaces.stored import StoredSite
+from apportion.spaces.views import parameter_at
 from apportion.studies.evopress.conversion import configuration_to_levels
 from apportion.studies.evopress.database import write_database
 from apportion.studies.evopress.drops import configuration_to_drops
@@ -86,5 +91,14 @@ def _weights(chosen: Chosen, scale: BitLevels) -> Iterator[tuple[str, str, Tenso
         for level, text in scale.option_of.items():
             for option in (option for option in options if str(option) == text):
                 stored = chosen.stored(site, option)
+                rate = _rate(chosen.context.model, site, stored)
                 for member, weight in zip(site.members, stored.weights, strict=True):
-                    yield member.path, level, reference_weight(weight)
+                    yield member.path, level, reference_weight(weight) * rate
+
+
+def _rate(model: nn.Module, site: Site, stored: StoredSite) -> Tensor:
+    """What a site's inputs are multiplied by in the norm before it, which EvoPress leaves dense."""
+    if site.norm is None or not stored.norm:
+        return torch.ones(())
+    old = [parameter_at(model, path) for path in site.norm.paths]
+    return folded_rate(old, stored.norm, site.norm.offset)

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from apportion.errors import InvalidInput
+from apportion.spaces.parts import folded_norm
 from apportion.spaces.space import Space
 from apportion.studies.context import Context, Output
 from apportion.studies.starts import changed_file, read_starts
@@ -38,6 +39,7 @@ def run(context: Context) -> Output:
         "numerics": context.numerics,
         "space": _texts(space),
         **({"start": starts} if starts else {}),
+        **({"norms": norms} if (norms := _norms(space)) else {}),
     }
 
 
@@ -97,6 +99,26 @@ def check_starts(output: Output) -> None:
     file = changed_file(output.get("start", ()))
     if file is not None:
         raise Changed(f"refused: search.start: {file} has changed since the study began; {AGAIN}")
+
+
+def check_norms(context: Context, output: Output) -> None:
+    """Refuse to resume where scales of awq would be stored elsewhere: its bytes are others.
+
+    Raises:
+        Changed: names a site.
+    """
+    before, now = output.get("norms", {}), _norms(context.setting.space)
+    for site in sorted({*before, *now}):
+        if before.get(site) != now.get(site):
+            place = "a norm" if site in now else "the site"
+            raise Changed(f"refused: the scales of awq at {site} are in {place} by now; {AGAIN}")
+
+
+def _norms(space: Space) -> dict[str, str]:
+    """Site -> the norm that takes in scales of its inputs under one of its options."""
+    rows = zip(space.sites, space.options, strict=True)
+    found = {s.name: [folded_norm(s, option) for option in row] for s, row in rows}
+    return {name: norm.module for name, norms in found.items() for norm in norms if norm}
 
 
 def _texts(space: Space) -> dict[str, list[str]]:

@@ -43,6 +43,15 @@ def test_sites_say_what_of_attention_can_be_left_out(rows: dict[str, SiteRow]) -
     assert told[1:] == ["vP% keeps some of the 16 value dimensions of each head"]
 
 
+def test_sites_say_which_norm_takes_scales_of_awq(rows: dict[str, SiteRow]) -> None:
+    told = {name: row["note"] for name, row in rows.items() if "awq" in row["note"]}
+    assert told == {
+        f"model.layers.{n}.self_attn.q_proj+k_proj+v_proj": "scales of awq go into "
+        f"model.layers.{n}.input_layernorm, which it alone reads"
+        for n in (0, 1)
+    }
+
+
 CODE = """
 import torch
 from torch import nn

@@ -1,12 +1,16 @@
-"""What a space has to hold for there to be anything to search."""
+"""What a space has to hold to be searched, and to be what it was when a study is resumed."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from apportion.errors import InvalidInput
+from apportion.kernels.formats import LayerShape
+from apportion.spaces.folding import Norm
 from apportion.spaces.grammar import parse_option
-from apportion.spaces.sites import Site
+from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import Space
-from apportion.studies.stages.discover import check_choices
+from apportion.studies.stages.discover import Changed, check_choices, check_norms
 
 
 def space_of(*texts: str) -> Space:
@@ -21,3 +25,34 @@ def test_space_of_nothing_but_drops_is_one() -> None:
 def test_space_without_any_choice_is_refused(space: Space) -> None:
     with pytest.raises(InvalidInput, match="no site of the model has a choice"):
         check_choices(space)
+
+
+NORM = Norm("blocks.0.norm", ("weight",))
+
+
+def resumed(before: dict[str, str], norm: Norm | None, *texts: str) -> None:
+    """Resume what began with these norms, where a site has a norm and these options by now."""
+    member = Member("blocks.0.up", LayerShape(8, 8))
+    space = Space(
+        (Site("blocks.0.up", "linear", (member,), norm=norm),), (tuple(map(parse_option, texts)),)
+    )
+    context = SimpleNamespace(setting=SimpleNamespace(space=space))
+    check_norms(context, {"norms": before} if before else {})  # type: ignore[arg-type]
+
+
+def test_resuming_where_no_scales_are_folded_needs_no_norms() -> None:
+    resumed({}, NORM, "dense", "w4", "w4:gptq")
+    resumed({}, None, "dense", "w4:awq")
+    resumed({"blocks.0.up": "blocks.0.norm"}, NORM, "dense", "w4:awq")
+
+
+@pytest.mark.parametrize(
+    ("before", "norm", "place"),
+    [({}, NORM, "a norm"), ({"blocks.0.up": "blocks.0.norm"}, None, "the site")],
+)
+def test_resuming_where_scales_are_stored_elsewhere_by_now_is_refused(
+    before: dict[str, str], norm: Norm | None, place: str
+) -> None:
+    told = f"refused: the scales of awq at blocks.0.up are in {place} by now; submit it under"
+    with pytest.raises(Changed, match=told):
+        resumed(before, norm, "dense", "w4:awq")
