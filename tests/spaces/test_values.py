@@ -207,7 +207,8 @@ class Treated:
 
     def __init__(self, name, folder):
         self.name, self.model = name, made(MODELS[name][0])
-        entries = [Entry(("attention:*",), ("keep", "drop", *OPTIONS, *QUERY_KEYS), skip_unfit=True)]
+        options = ("keep", "drop", *OPTIONS, *QUERY_KEYS)
+        entries = [Entry(("attention:*",), options, skip_unfit=True)]
         self.space = build_space(discover(self.model, batch_of(name)).sites, entries, 2)
         sums = collect(self.model, self.space.input_sites, [batch_of(name, 3, 40)])
         write_statistics(folder / "seen", sums)
