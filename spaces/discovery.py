@@ -37,8 +37,7 @@ class Discovery:
         untreated: path of a layer, parameter or choice block that is no site -> the reason.
         fixed_widths: name of a structure site without a width -> the reason.
         fixed_values: name of an attention sub-block with heads whose value dimensions stay as they
-            are -> the reason.
-        fixed_query_keys: likewise of those whose query-key dimensions stay.
+            are -> the reason. `fixed_query_keys`: likewise of their query-key dimensions.
     """
 
     sites: tuple[Site, ...]

@@ -95,10 +95,14 @@ class ScoreTrial:
         return self.holds(candidate, _number(candidate.size))
 
     def is_normed(self, candidate: Scores) -> bool:
-        """Whether numbers that queries and keys are multiplied by do not matter."""
-        doubled = [2 * torch.eye(candidate.size, dtype=torch.float64)] * len(candidate.keys.stacks)
+        """Whether queries or keys matter, but not a number that they are multiplied by."""
+        heads, size = len(candidate.keys.stacks), candidate.size
+        generator = torch.Generator().manual_seed(0)
+        doubled = [2 * torch.eye(size, dtype=torch.float64)] * heads
+        mixed = [random_change(size, generator)[0] for _ in range(heads)]
         return any(
             self._is_same(self._changed({}, rows, doubled))
+            and not self._is_same(self._changed({}, rows, mixed))
             for rows in (candidate.keys, candidate.queries)
         )
 
