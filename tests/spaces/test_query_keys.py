@@ -7,10 +7,16 @@ from torch import nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from apportion.errors import InvalidInput
-from apportion.spaces.batches import frozen
+from apportion.spaces.apply import apply, bias_of
+from apportion.spaces.batches import call, frozen, main_tensor
+from apportion.spaces.calibration import collect
 from apportion.spaces.discovery import discover
 from apportion.spaces.entries import Entry, build_space
+from apportion.spaces.grammar import parse_option
 from apportion.spaces.narrowing import moved
+from apportion.spaces.realization import realize_site
+from apportion.spaces.statistics import StatisticsFiles, write_statistics
+from apportion.spaces.views import matrix_of, parameter_at
 
 HIDDEN, WORDS = 32, 96
 SIZES = dict(hidden_size=HIDDEN, vocab_size=WORDS, num_hidden_layers=2, intermediate_size=40)
@@ -214,6 +220,7 @@ REFUSED = {
     "rotated at the end": (lambda: Attention(turned(4, 2)), NO_PRODUCT),
     "activated": (lambda: Attention(torch.tanh), NO_PRODUCT),
     "shared": (Shared, NO_PRODUCT),
+    "shifted after": (lambda: Attention(lambda y: y + 1), NO_PRODUCT),
 }
 
 
@@ -231,6 +238,57 @@ def test_normed_queries_and_keys_of_qwen3_are_told():
     found = discover(made(of("Qwen3", **GROUPED, head_dim=8)), batch_of("qwen3"))
     site = attention_of(found)
     assert site.query_keys is None and NORMED in found.fixed_query_keys[site.name]
+
+
+def thinned(model, width):
+    """Of each head's queries half of the dimensions taken away, rotated ones as pairs, in place."""
+    pairs = width.pairs or range(8)
+    free = [one for one, other in enumerate(pairs) if one == other]
+    rotated = [(one, other) for one, other in enumerate(pairs) if one < other]
+    for cut in width.cuts:
+        rows = matrix_of(parameter_at(model, cut.member.parameter_path), cut.member)
+        bias = bias_of(model, cut.member.module)
+        for stack, head in enumerate(cut.heads):
+            if head < 0 or stack in cut.keys:
+                continue
+            generator = torch.Generator().manual_seed(head)
+            left = torch.zeros(8, 8)
+            basis, _ = torch.linalg.qr(torch.randn(len(free), len(free), generator=generator))
+            half = basis[:, : len(free) // 2]
+            left[torch.tensor(free, dtype=torch.int64)[:, None], free] = half @ half.T
+            chosen = torch.randperm(len(rotated), generator=generator)[: len(rotated) // 2]
+            stay = [place for pair in chosen.tolist() for place in rotated[pair]]
+            left[stay, stay] = 1
+            own = slice(8 * stack, 8 * stack + 8)
+            rows[own] = left @ rows[own]
+            if bias is not None:
+                bias[own] = left @ bias[own]
+
+
+@pytest.mark.parametrize("text", ["q50%", "q50%:svd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_dimensions_that_scores_do_not_need_are_left_out_without_loss(name, text, tmp_path):
+    model = made(MODELS[name][0])
+    for site in discover(model, batch_of(name)).sites:
+        if site.query_keys is not None:
+            thinned(model, site.query_keys)
+    dense = main_tensor(call(model, batch_of(name)))
+    sites = discover(model, batch_of(name)).sites
+    space = build_space(sites, [Entry(("attention:*",), ("keep", text))], 2)
+    write_statistics(tmp_path / "seen", collect(model, space.input_sites, [batch_of(name)]))
+    names = [each for site in space.sites for each in site.input_names]
+    seen = StatisticsFiles(dict.fromkeys(names, tmp_path / "seen"))
+    stored = {
+        site.name: realize_site(model, site, parse_option(text), seen, "float32", 2)
+        for site in space.sites
+    }
+    chosen = dict.fromkeys(space.names, text)
+    named = {site: {text: "linear.f32"} for site in space.names}
+    apply(model, space, chosen, lambda site, _: stored[site.name], named)
+    found = main_tensor(call(model, batch_of(name)))
+    assert (found - dense).norm() <= 1e-4 * dense.norm()
+    assert all(len(each.kept) == 4 * site.query_keys.heads
+               for site, each in zip(space.sites, stored.values(), strict=True))  # fmt: skip
 
 
 def test_options_that_do_not_fit_are_told():
