@@ -81,7 +81,7 @@ def left_groups(site: Site, option: Option) -> tuple[tuple[Member, ...], ...]:
 def first_units(
     site: Site, option: Option, rank_multiple: int = RANK_MULTIPLE
 ) -> tuple[int, ...] | None:
-    """As many units as a treatment keeps, the first ones; None under any other option."""
+    """As many units as a treatment keeps, the first ones (of each head); None under any other."""
     width = treated_site(site, option).width
     if width is None or not option.narrows:
         return None

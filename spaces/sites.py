@@ -202,12 +202,8 @@ class Width:
 
     def to_json(self) -> dict[str, Any]:
         groups = [[cut.to_json() for cut in group] for group in self.groups]
-        told: dict[str, Any] = {
-            "unit": self.unit,
-            "units": self.units,
-            "groups": groups,
-            "norms": self.norms,
-        }
+        told: dict[str, Any] = {"unit": self.unit, "units": self.units, "groups": groups}
+        told["norms"] = self.norms
         told |= {"pairs": self.pairs} if self.pairs else {}
         return told if self.experts is None else {**told, "experts": self.experts.to_json()}
 
