@@ -76,7 +76,7 @@ class Operator:
             "threads": self.threads,
         }
         if any(self.padded):
-            described["padded"] = [each and [each.units, each.kept] for each in self.padded]
+            described["padded"] = [each and [each.units, len(each.kept)] for each in self.padded]
         return described
 
     @cached_property
@@ -172,7 +172,7 @@ def candidate_programs(
     served = [[i.name for i in serving(p.formats[0], p.shapes, DEVICE)] for p in launched]
     everywhere = [name for name in served[0] if all(name in names for names in served)]
     kept, width = first_units(site, option, rank_multiple), treated_site(site, option).width
-    padding = {} if width is None or kept is None else paddings(width, len(kept))
+    padding = {} if width is None or kept is None else paddings(width, kept)
     padded = [tuple(padding.get(member) for member in part.members) for part in launched]
     if any(map(any, padded)):
         everywhere += [f"{name}{ZEROS}" for name in everywhere if name in DENSE_DTYPES]

@@ -152,13 +152,13 @@ def treat(
     elif site.width is None or implementation_name is None:
         raise ApportionError(f"nothing serves what is stored of {site.name}")
     else:
-        install_narrow(model, site.width, len(stored.kept), stored.weights, implementation_name)
+        install_narrow(model, site.width, stored.kept, stored.weights, implementation_name)
 
 
 def install_narrow(
     model: nn.Module,
     width: Width,
-    kept: int,
+    kept: Sequence[int],
     stored: Sequence[StoredWeight],
     implementation_name: str,
 ) -> None:
@@ -167,7 +167,7 @@ def install_narrow(
     Args:
         model: with the narrower sub-block.
         width: what it is narrower by, not in experts.
-        kept: how many units stay.
+        kept: numbers of the units that stay, ascending.
         stored: of each cut of the width.
         implementation_name: may end in `padding.ZEROS`.
     """

@@ -38,7 +38,7 @@ class Discovery:
         untreated: path of a layer, parameter or choice block that is no site -> the reason.
         fixed_widths: name of a structure site without a width -> the reason.
         fixed_values: name of an attention sub-block with heads whose value dimensions stay as they
-            are -> the reason.
+            are -> the reason. `fixed_query_keys`: likewise of their query-key dimensions.
     """
 
     sites: tuple[Site, ...]
@@ -46,6 +46,7 @@ class Discovery:
     untreated: dict[str, str]
     fixed_widths: dict[str, str]
     fixed_values: dict[str, str]
+    fixed_query_keys: dict[str, str]
 
 
 def discover(model: nn.Module, batch: Batch) -> Discovery:
@@ -81,18 +82,21 @@ def discover(model: nn.Module, batch: Batch) -> Discovery:
     found = find_widths(model, structure, weights, untreated, seen.calls)
     widths, fixed_widths = parted({name: each.width for name, each in found.items()})
     values, fixed_values = parted({name: each.values for name, each in found.items()})
+    query_keys, fixed_query_keys = parted({name: each.query_keys for name, each in found.items()})
     structure = [
         replace(
             site,
             width=widths.get(site.name),
             values=values.get(site.name),
+            query_keys=query_keys.get(site.name),
             constant=_constant_shape(model, site, calls),
         )
         for site in structure
     ]
     unreached = {site.name for site in weights if site.members[0].module not in seen.called}
     sites = _in_tree_order(structure, weights)
-    return Discovery(sites, frozenset(unreached), untreated, fixed_widths, fixed_values)
+    fixed = (fixed_widths, fixed_values, fixed_query_keys)
+    return Discovery(sites, frozenset(unreached), untreated, *fixed)
 
 
 def _owner(site: Site) -> str:

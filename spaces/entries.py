@@ -17,8 +17,8 @@ from apportion.spaces.views import not_written_back
 
 KINDS = (
     "keep, drop and drop:mean are for blocks and sub-blocks, cP% for those of them whose width can "
-    "change, vP% for attention whose values can (apportion sites), op:NAME for choice blocks, all "
-    "others for weights"
+    "change, vP% for attention whose values can, qP% where queries and keys can (apportion sites), "
+    "op:NAME for choice blocks, all others for weights"
 )
 
 
@@ -156,6 +156,8 @@ def _is_for(site: Site, option: Option) -> bool:
         return bool(site.choices) and option.operation is not None
     if option.value_percent is not None:
         return site.values is not None
+    if option.query_key_percent is not None:
+        return site.query_keys is not None
     if option.narrows:
         return site.width is not None
     return option.is_structure == site.is_structure

@@ -18,11 +18,14 @@ from apportion.kernels.codes import TERNARY_BITS
 DROPS = ("drop", "drop:mean")
 STRUCTURE_NAMES = ("keep", *DROPS)
 NAMES = ("dense", "f32", "bf16", "fp16", *STRUCTURE_NAMES)
-STEPS = ("c", "v", "s", "r", "w", "o", "residual")
+STEPS = ("c", "v", "q", "s", "r", "w", "o", "residual")
+NARROWING = ("c", "v", "q")
+"""Steps that are each a treatment of a whole sub-block."""
 ORDER = ", ".join(STEPS)
 METHODS: Mapping[str, tuple[str, ...]] = {
     "c": ("first", "magnitude", "wanda", "obs", "chip", "taylor", "drop", "merge"),
     "v": ("svd", "whitened"),
+    "q": ("svd", "whitened"),
     "s": ("magnitude", "wanda", "sparsegpt"),
     "r": ("svd", "whitened"),
     "w": ("rtn", "hqq", "gptq", "awq"),
@@ -37,7 +40,7 @@ BITS = "weights have 1 to 8 bits, or 1.58 (ternary)"
 
 _OPERATION = re.compile(r"op:([A-Za-z0-9_.-]+)")
 _STEP = re.compile(
-    r"(?:(?P<percent_step>[cvsro])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
+    r"(?:(?P<percent_step>[cvqsro])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
     r"|(?P<kept>[0-9]{1,9}):(?P<of>[0-9]{1,9})"
     r"|w(?P<bits>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
     r"(?:a(?P<activation_bits>[0-9]{1,9})(?P<static>s?))?(?:g(?P<group>[0-9]{1,9})(?P<symmetric>s?))?"
@@ -47,6 +50,7 @@ _STEP = re.compile(
 _FORMS = {
     "c": "cP%",
     "v": "vP%",
+    "q": "qP%",
     "s": "sP%",
     "r": "rP%, or rK at the end",
     "w": "wN[a8[s]][gK[s]]",
@@ -55,12 +59,14 @@ _FORMS = {
 _PERCENTS = {
     "c": "keep_percent",
     "v": "value_percent",
+    "q": "query_key_percent",
     "s": "sparsity",
     "r": "rank_percent",
     "o": "outlier_percent",
 }
-_SPELLINGS = (*NAMES, "op:NAME", "c75%", "v50%", "s50%", "2:4", "r50%", "r16", "w1.58g64", "w2g64",
-              "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8", "o1%")  # fmt: skip
+_SPELLINGS = (*NAMES, "op:NAME", "c75%", "v50%", "q50%", "s50%", "2:4", "r50%", "r16", "w1.58g64",
+              "w2g64", "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8",
+              "o1%")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Option:
     operation: str | None = None
     keep_percent: Decimal | None = None
     value_percent: Decimal | None = None
+    query_key_percent: Decimal | None = None
     sparsity: Decimal | tuple[int, int] | None = None
     """The percentage of weights removed, or (n, m): n of every m weights are kept."""
     rank_percent: Decimal | None = None
@@ -130,7 +137,7 @@ class Option:
 
     @property
     def is_structure(self) -> bool:
-        """True for what structure sites and choice blocks have: `keep`, drops, `cP%`, `vP%`,
+        """True for what structure sites and choice blocks have: `keep`, drops, `cP%`, `vP%`, `qP%`,
         op:NAME."""
         return self.name in STRUCTURE_NAMES or self.operation is not None or self.narrows
 
@@ -141,14 +148,21 @@ class Option:
 
     @property
     def narrows(self) -> bool:
-        """True for `cP%`, `vP%` and what is composed with them: whole treatments of a sub-block."""
-        return self.keep_percent is not None or self.value_percent is not None
+        """True for `cP%`, `vP%`, `qP%` and what is composed with them: whole treatments of a
+        sub-block."""
+        return self.keep_percent is not None or self.dimension_percent is not None
+
+    @property
+    def dimension_percent(self) -> Decimal | None:
+        """P of `vP%` or `qP%`, which leave fewer dimensions of every head; None of any other."""
+        return self.query_key_percent if self.value_percent is None else self.value_percent
 
     @property
     def rest(self) -> "Option":
-        """What is left to do with weights that `cP%` or `vP%` made narrower; `dense` if nothing."""
-        methods = tuple(pair for pair in self.methods if pair[0] not in ("c", "v"))
-        rest = replace(self, keep_percent=None, value_percent=None, methods=methods)
+        """What is left to do with weights that were made narrower; `dense` if nothing."""
+        methods = tuple(pair for pair in self.methods if pair[0] not in NARROWING)
+        gone: dict[str, Any] = {_PERCENTS[step]: None for step in NARROWING}
+        rest = replace(self, **gone, methods=methods)
         return rest if rest.steps else Option(name="dense")
 
     @property
@@ -208,9 +222,10 @@ def _check_whole(text: str, option: Option, seen: list[str]) -> None:
         raise _wrong(
             text, f"a residual repairs the steps before it: w4g64+r{rank}; a rank alone is r50%"
         )
-    if option.keep_percent is not None and option.value_percent is not None:
-        either = f"{option._step('c')} or {option._step('v')}"
-        raise _wrong(text, f"c and v are each done to a whole sub-block, not both: {either}")
+    if len(whole := [step for step in NARROWING if option._step(step)]) > 1:
+        either = " or ".join(map(option._step, whole))
+        told = f"{' and '.join(whole)} are each done to a whole sub-block"
+        raise _wrong(text, f"{told}, not {'both' if len(whole) == 2 else 'all'}: {either}")
     if seen != sorted(seen, key=STEPS.index):
         raise _wrong(text, f"steps go in the order {ORDER}: {option}")
     if str(option) != text:

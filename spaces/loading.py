@@ -165,8 +165,8 @@ def _install_site(
     elif served_by(site["implementation"]) not in IMPLEMENTATIONS:
         raise InvalidInput(f"unknown implementation {site['implementation']!r}")
     elif "width" in site:
-        width, kept = Width.from_json(site["width"]), len(site["kept"])
-        install_narrow(model, width, kept, stored, site["implementation"])
+        width = Width.from_json(site["width"])
+        install_narrow(model, width, site["kept"], stored, site["implementation"])
     else:
         install_groups(model, (members,), stored, site["implementation"])
     return {member.parameter_path for member in members}

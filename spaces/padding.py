@@ -1,4 +1,4 @@
-"""Attention whose heads have fewer value dimensions, put in place without its code noticing.
+"""Attention whose heads have fewer dimensions, put in place without its code noticing.
 
 Either narrower layers are padded, or a dense operator has zeros where dimensions are gone. The
 first saves work and takes time to pad; which is faster is measured.
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.padded import HeadStarts, PaddedHeads
 from apportion.kernels.reference import reference_weight
-from apportion.spaces.compressors.values import value_cuts
 from apportion.spaces.sites import Cut, Member, Width
 
 
@@ -23,24 +22,24 @@ class Padding:
 
     Attributes:
         cut: of the dense layer.
-        units: value dimensions of a head.
-        kept: how many of them stay.
+        units: value dimensions of a head, or query-key dimensions of all.
+        kept: numbers of those that stay, ascending; of values the first ones.
     """
 
     cut: Cut
     units: int
-    kept: int
+    kept: tuple[int, ...]
 
     def around(self, layer: nn.Module) -> nn.Module:
         """What stands in the dense layer's place."""
         if self.cut.side == "in":
-            return HeadStarts(layer, self.cut.stacks, self.kept).eval()
+            return HeadStarts(layer, self.cut.stacks, len(self.kept)).eval()
         return PaddedHeads(layer, self.places, self.cut.member.shape.out_features).eval()
 
     @property
     def places(self) -> list[int]:
         """The rows of the dense layer (columns where it reads values) that stay."""
-        return self.cut.places(range(self.kept), self.units)
+        return self.cut.places(self.kept, self.units)
 
     def in_zeros(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A narrower matrix [out, in] and its bias [out] as large as the dense ones."""
@@ -90,26 +89,28 @@ def in_zeros(
     return wholes, offsets
 
 
-def paddings(width: Width, kept: int) -> Mapping[Member, Padding]:
-    """The members of a sub-block that are padded; none but of a width in value dimensions.
+def paddings(width: Width, kept: Sequence[int]) -> Mapping[Member, Padding]:
+    """The members of a sub-block that are padded; none but of a width in dimensions of heads.
 
     Args:
         width: what the sub-block is narrower by.
-        kept: how many units stay.
+        kept: numbers of the units that stay, ascending.
     """
-    cuts = value_cuts(width) if width.unit == "value" else ()
-    return {cut.member: Padding(cut, width.units, kept) for cut in cuts}
+    if width.unit not in ("value", "query-key"):
+        return {}
+    cuts = (cut for cut in width.cuts if cut.side != "whole")
+    return {cut.member: Padding(cut, width.units, tuple(kept)) for cut in cuts}
 
 
-def pad_heads(model: nn.Module, width: Width, kept: int) -> None:
-    """Have narrower value and output layers give and take as much as the dense ones, in place.
+def pad_heads(model: nn.Module, width: Width, kept: Sequence[int]) -> None:
+    """Have layers of fewer dimensions give and take as much as the dense ones, in place.
 
-    Of other widths than value dimensions nothing has to be padded.
+    Of other widths than dimensions of heads nothing has to be padded.
 
     Args:
         model: its layers under the width's paths are the narrower ones.
         width: what the sub-block is narrower by.
-        kept: how many units stay.
+        kept: numbers of the units that stay, ascending.
     """
     for member, padding in paddings(width, kept).items():
         model.set_submodule(member.module, padding.around(model.get_submodule(member.module)))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from apportion.kernels.formats import Format, LayerShape
 from apportion.spaces.compressors.compose import RANK_MULTIPLE, format_of, refusal
+from apportion.spaces.compressors.query_keys import kept_query_keys, query_key_refusal
 from apportion.spaces.compressors.restructure import kept_units, unit_refusal, width_refusal
 from apportion.spaces.compressors.values import kept_values, value_refusal
 from apportion.spaces.folding import Norm
@@ -20,7 +21,7 @@ class Part:
 
     Attributes:
         members: the dense weights that they stand for.
-        shapes: of what is stored; narrower than the members' under `cP%` and `vP%`.
+        shapes: of what is stored; narrower than the members' under `cP%`, `vP%`, `qP%`.
         formats: how each is stored.
     """
 
@@ -30,10 +31,12 @@ class Part:
 
 
 def treated_site(site: Site, option: Option) -> Site:
-    """The site with what the option leaves less of as its width: under `vP%` value dimensions."""
-    if option.value_percent is None:
+    """The site with what the option leaves less of as its width: under `vP%` value dimensions,
+    under `qP%` query-key dimensions."""
+    if option.dimension_percent is None:
         return site
-    return replace(site, width=site.values)
+    fewer = site.query_keys if option.value_percent is None else site.values
+    return replace(site, width=fewer)
 
 
 def folded_norm(site: Site, option: Option) -> Norm | None:
@@ -89,17 +92,20 @@ def left_groups(site: Site, option: Option) -> tuple[tuple[Member, ...], ...]:
 def first_units(
     site: Site, option: Option, rank_multiple: int = RANK_MULTIPLE
 ) -> tuple[int, ...] | None:
-    """As many units as a treatment keeps, the first ones; None under any other option."""
+    """As many units as a treatment keeps, the first ones (of each head); None under any other."""
     width = treated_site(site, option).width
     if width is None or not option.narrows:
         return None
-    return tuple(range(_kept(width, option, rank_multiple)))
+    size, kept = width.units // width.heads, _kept(width, option, rank_multiple) // width.heads
+    return tuple(head * size + unit for head in range(width.heads) for unit in range(kept))
 
 
 def _kept(width: Width, option: Option, rank_multiple: int) -> int:
     """How many units of a treated site's width stay."""
     if option.value_percent is not None:
         return kept_values(option.value_percent, width.units, rank_multiple)
+    if option.query_key_percent is not None:
+        return kept_query_keys(option.query_key_percent, width, rank_multiple) * width.heads
     if option.keep_percent is not None:
         return kept_units(option.keep_percent, width.units)
     return width.units
@@ -113,16 +119,18 @@ def kept_share(site: Site, option: Option) -> float:
 
 
 def treatment_refusal(option: Option, width: Width, rank_multiple: int) -> str | None:
-    """Why a sub-block cannot have `cP%` or `vP%` and what is composed with it; None if it can.
+    """Why a sub-block cannot have `cP%`, `vP%` or `qP%` with what is composed; None if it can.
 
     Args:
         option: of the sub-block.
         width: of its `treated_site`.
-        rank_multiple: ranks and value dimensions are multiples of it.
+        rank_multiple: ranks and dimensions of heads are multiples of it.
     """
     if not option.narrows:
         return None
-    if option.keep_percent is None:
+    if option.query_key_percent is not None:
+        reason = query_key_refusal(option.query_key_percent, width, rank_multiple)
+    elif option.keep_percent is None:
         reason = value_refusal(option, width, rank_multiple)
     else:
         reason = width_refusal(option.keep_percent, width) or unit_refusal(option, width)

@@ -36,7 +36,7 @@ def source_hashes(model: nn.Module, site: Site, options: Sequence[Option]) -> di
     for option in options:
         width = treated_site(site, option).width
         made_from: list[Any] = [weights] if width is None else [weights, width.to_json()]
-        if width is not None and option.value_percent is not None:
+        if width is not None and option.dimension_percent is not None:
             biases = {c.member.path: bias_of(model, c.member.module) for c in width.cuts}
             made_from.append(tensors_hash({n: b for n, b in biases.items() if b is not None}))
         if (norm := folded_norm(site, option)) is not None:
@@ -82,7 +82,7 @@ def realize_site(
         found = [statistics.of(name) for name in site.input_names]
         scores = statistics.gates(site.name) if option.needs_gates else None
         biases = None
-        if option.value_percent is not None:
+        if option.dimension_percent is not None:
             biases = [bias_of(model, cut.member.module) for cut in width.cuts]
         return realize_treatment(
             weights, width, option, found, model_dtype, rank_multiple, scores, biases

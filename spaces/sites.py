@@ -9,6 +9,7 @@ from apportion.spaces.folding import Norm
 
 OutputForm = Literal["tensor", "tuple"]
 Side = Literal["out", "in", "groups", "whole"]
+LATER_OF_CUTS = ("narrowing", "heads", "keys")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Cut:
         stacks: how often all units lie there, one after the other (gate and up in one matrix: 2).
         narrowing: numbers of the stacks that have fewer units, where the others keep all (the
             values in a matrix of queries, keys and values); none named: all have fewer.
+        heads: of each stack of query-key dimensions the number of the key-value head that it is of,
+            -1 where it keeps all rows; none named: it is no cut in such dimensions.
+        keys: numbers of the stacks in `heads` that are keys; the others are queries.
     """
 
     member: Member
@@ -79,18 +83,22 @@ class Cut:
     features: int = 1
     stacks: int = 1
     narrowing: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         told = {**asdict(self), "member": asdict(self.member)}
-        if not self.narrowing:
-            del told["narrowing"]  # what was written before there were any keeps its hash
+        for name in LATER_OF_CUTS:
+            if not told[name]:
+                del told[name]  # what was written before there were any keeps its hash
         return told
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         shape = LayerShape.from_json(value["member"]["shape"])
         member = Member(**{**value["member"], "shape": shape})
-        return cls(**{**value, "member": member, "narrowing": tuple(value.get("narrowing", ()))})
+        later = {name: tuple(value.get(name, ())) for name in LATER_OF_CUTS}
+        return cls(**{**value, "member": member, **later})
 
     def places(self, kept: Sequence[int], units: int) -> list[int]:
         """Rows (columns where `side` is "in") of the kept units, ascending as the units are.
@@ -99,6 +107,8 @@ class Cut:
             kept: numbers of the units that stay.
             units: how many there are.
         """
+        if self.heads:
+            return self._places_by_head(kept)
         width = self.features
         return [
             (stack * units + unit) * width + feature
@@ -111,7 +121,8 @@ class Cut:
         """The member's shape with so many units."""
         shape = self.member.shape
         whole = sum(self._is_whole(stack) for stack in range(self.stacks))
-        count = kept * self.features * (self.stacks - whole)
+        units = kept // (max(self.heads) + 1) if self.heads else kept
+        count = units * self.features * (self.stacks - whole)
         count += whole * (shape.out_features // self.stacks)
         if self.side == "whole":
             return shape
@@ -122,7 +133,18 @@ class Cut:
         return replace(shape, out_features=count)
 
     def _is_whole(self, stack: int) -> bool:
+        if self.heads:
+            return self.heads[stack] < 0
         return bool(self.narrowing) and stack not in self.narrowing
+
+    def _places_by_head(self, kept: Sequence[int]) -> list[int]:
+        """Rows where each key-value head has units of its own, numbered one head after another."""
+        size = self.member.shape.out_features // self.stacks
+        return [
+            stack * size + row
+            for stack, head in enumerate(self.heads)
+            for row in (range(size) if head < 0 else (u % size for u in kept if u // size == head))
+        ]
 
 
 @dataclass(frozen=True)
@@ -159,37 +181,49 @@ class Width:
     """What a sub-block is wide by: units that can be left out without a change of its interface.
 
     Attributes:
-        unit: "head" (a key-value head and its queries), "channel", "expert" or "value" (a dimension
-            of what each key-value head gives).
+        unit: "head" (a key-value head and its queries), "channel", "expert", "value" (a dimension
+            of what each key-value head gives) or "query-key" (a dimension of one key-value head's
+            keys and of its queries; numbered one head after another, each keeps as many).
         units: how many there are.
         groups: all weights of the sub-block; those of a group are given the same input and run as
             one operator. Of experts: first one group for each expert, with all its matrices, then
             the others; none of the router.
         norms: paths of modules between them whose vectors `[units]` follow.
         experts: of experts, where they lie.
+        pairs: of query-key units, for each dimension of a head the one that it is rotated with
+            (rotary embeddings), itself where none; none named: none is rotated.
     """
 
-    unit: Literal["head", "channel", "expert", "value"]
+    unit: Literal["head", "channel", "expert", "value", "query-key"]
     units: int
     groups: tuple[tuple[Cut, ...], ...]
     norms: tuple[str, ...] = ()
     experts: Experts | None = None
+    pairs: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         groups = [[cut.to_json() for cut in group] for group in self.groups]
-        told = {"unit": self.unit, "units": self.units, "groups": groups, "norms": self.norms}
+        told: dict[str, Any] = {"unit": self.unit, "units": self.units, "groups": groups}
+        told["norms"] = self.norms
+        told |= {"pairs": self.pairs} if self.pairs else {}
         return told if self.experts is None else {**told, "experts": self.experts.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         groups = tuple(tuple(map(Cut.from_json, group)) for group in value["groups"])
         experts = Experts.from_json(value["experts"]) if "experts" in value else None
-        return cls(value["unit"], value["units"], groups, tuple(value["norms"]), experts)
+        norms, pairs = tuple(value["norms"]), tuple(value.get("pairs", ()))
+        return cls(value["unit"], value["units"], groups, norms, experts, pairs)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         """Those of all groups."""
         return tuple(cut for group in self.groups for cut in group)
+
+    @property
+    def heads(self) -> int:
+        """Of query-key units how many heads have each its own; 1 of any other."""
+        return 1 + max((head for cut in self.cuts for head in cut.heads), default=0)
 
     def left(self, kept: int) -> tuple[tuple[Cut, ...], ...]:
         """The groups of a sub-block of so many units; experts are alike and move up."""
@@ -223,6 +257,7 @@ class Site:
         width: what a structure site can be made narrower by (`cP%`), or None; of a
             `parts.treated_site` what its option leaves less of.
         values: the width of an attention sub-block in value dimensions (`vP%`), or None.
+        query_keys: its width in query-key dimensions (`qP%`), or None.
         constant: shape of the constant that `drop:mean` adds in place of a structure site:
             `[features]`, or `[channels, 1, 1]` of a convolutional one.
         unseen: why nobody sees what weights that are written back are multiplied with, or None.
@@ -242,6 +277,7 @@ class Site:
     values: Width | None = None
     constant: tuple[int, ...] = ()
     unseen: str | None = None
+    query_keys: Width | None = None
     norm: Norm | None = None
 
     @property
@@ -255,11 +291,15 @@ class Site:
 
         The matrices of a stack are given each its own (an expert its tokens).
         """
-        if (width := self.width or self.values) is not None:
+        if (width := self._any_width) is not None:
             return tuple(tuple(cut.member for cut in group) for group in width.groups)
         if self._is_stack:
             return tuple((member,) for member in self.members)
         return (self.members,) if self.members else ()
+
+    @property
+    def _any_width(self) -> Width | None:
+        return self.width or self.values or self.query_keys
 
     @property
     def _is_stack(self) -> bool:
@@ -270,7 +310,7 @@ class Site:
         """Of each group the name that the statistics of its input have; of experts one name."""
         if self.has_experts:
             return (f"{self.name}:experts",)
-        if self.width is None and self.values is None:
+        if self._any_width is None:
             return tuple(m.path for m in self.members) if self._is_stack else (self.name,)
         return tuple(group_name(group) for group in self.groups)
 

@@ -171,8 +171,8 @@ class Space:
     def uniform(self, text: str, stored_bytes: Sequence[Mapping[str, int]]) -> Config:
         """`text` at every weight site that has it, the next dearer option elsewhere.
 
-        A treatment, `cP%` or `vP%`, is put on every sub-block that has it; where none is, weight
-        sites get what it does to narrowed weights, or the next dearer option.
+        A treatment, `cP%`, `vP%` or `qP%`, is put on every sub-block that has it; where none is,
+        weight sites get what it does to narrowed weights, or the next dearer option.
 
         Args:
             text: an option of weight sites or a treatment.

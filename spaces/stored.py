@@ -19,8 +19,8 @@ class StoredSite:
         kept: of a treatment the numbers of the units that stay, ascending; None of any other.
         constant: of `drop:mean`, which has no weights, what is added in place of the site, in the
             shape `Site.constant`; None of any other.
-        biases: of `vP%` the bias of each cut of its width, None where the layer has none; empty of
-            any other, whose biases are the model's own.
+        biases: of `vP%` and `qP%` the bias of each cut of its width, None where the layer has none;
+            empty of any other, whose biases are the model's own.
         norm: of scales of inputs that are folded into `Site.norm` its vectors; empty of any other,
             whose norm is the model's own.
     """

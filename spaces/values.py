@@ -136,7 +136,7 @@ def _changed(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights of the candidate changed, weights behind it that undo that), by parameter path."""
     made, read, size = candidate.made, candidate.read, candidate.size
-    forward, undone = _copies(module, made), _copies(module, read)
+    forward, undone = copies(module, made), copies(module, read)
     bias, behind = forward.get(f"{made.module}.bias"), undone.get(f"{read.module}.bias")
     values = matrix_of(forward[made.parameter_path], made).view(-1, size, made.shape.in_features)
     queries = read.shape.in_features // (size * len(candidate.heads))
@@ -144,7 +144,7 @@ def _changed(
     outputs = matrix_of(undone[read.parameter_path], read).view(columns)
     generator = torch.Generator().manual_seed(0)
     for number, head in enumerate(candidate.heads):
-        change, undo, shift = (each.to(values) for each in _random_change(size, generator))
+        change, undo, shift = (each.to(values) for each in random_change(size, generator))
         values[head] = change @ values[head]
         outputs[:, number] = outputs[:, number] @ undo
         if bias is not None:
@@ -156,7 +156,7 @@ def _changed(
     return forward, undone
 
 
-def _copies(module: nn.Module, member: Member) -> dict[str, Tensor]:
+def copies(module: nn.Module, member: Member) -> dict[str, Tensor]:
     """Weight and, where there is one, bias of a layer, by parameter path."""
     found = {member.parameter_path: parameter_at(module, member.parameter_path)}
     if (bias := bias_of(module, member.module)) is not None:
@@ -164,7 +164,7 @@ def _copies(module: nn.Module, member: Member) -> dict[str, Tensor]:
     return {path: tensor.detach().contiguous().clone() for path, tensor in found.items()}
 
 
-def _random_change(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def random_change(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """An invertible matrix [size, size], its inverse, and a vector [size], all float64."""
     normal = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
     (left, right), _ = torch.linalg.qr(normal)

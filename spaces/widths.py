@@ -19,6 +19,7 @@ from apportion.spaces.couplings import Groups, couplings, flow_of, undivided
 from apportion.spaces.experts import find_experts
 from apportion.spaces.narrowing import moved, narrow, shared_copy
 from apportion.spaces.probing import Call
+from apportion.spaces.query_keys import find_query_keys
 from apportion.spaces.sites import Site, Width
 from apportion.spaces.trials import NotRun, Run, difference, in_float32, runner
 from apportion.spaces.values import find_values
@@ -35,18 +36,21 @@ class Found:
     Attributes:
         width: heads, channels or experts, or why there are none that can be left out.
         values: of attention its value dimensions, or why these stay; None: for the same reason.
+        query_keys: likewise the dimensions of its queries and keys.
     """
 
     width: Width | str
     values: Width | str | None = None
+    query_keys: Width | str | None = None
 
     def at(self, name: str) -> "Found":
         """The same with paths of the model, where they begin below the sub-block of that name."""
-        width, values = self.width, self.values
-        return Found(
-            moved(width, "", name) if isinstance(width, Width) else width,
-            moved(values, "", name) if isinstance(values, Width) else values,
-        )
+
+        def moved_there(width: Width | str | None) -> Width | str | None:
+            return moved(width, "", name) if isinstance(width, Width) else width
+
+        width = moved(self.width, "", name) if isinstance(self.width, Width) else self.width
+        return Found(width, moved_there(self.values), moved_there(self.query_keys))
 
 
 @torch.no_grad()
@@ -186,7 +190,10 @@ def find_width(module: nn.Module, kind: str, groups: Groups, call: Call) -> Foun
         refuted = [reason for reason in found if isinstance(reason, str)]
         width = _proven(precise, proposed, refuted, dense, run)
         heads = [width for width in proposed if width.unit == "head"]
-        return Found(width, _values(precise, heads, dense, run))
+        values = _first([find_values(precise, each, dense, run) for each in heads])
+        return Found(
+            width, values, _first([find_query_keys(precise, each, dense, run) for each in heads])
+        )
     except NotRun as failure:
         return Found(f"it cannot be run by itself ({failure})")
 
@@ -211,11 +218,8 @@ def _proven(
     return reasons[0] if reasons else "no layer in it takes what another layer in it gives"
 
 
-def _values(
-    module: nn.Module, heads: Sequence[Width], dense: Tensor, run: Run
-) -> Width | str | None:
-    """The first width in value dimensions, or why what seems to be heads has none."""
-    found = [find_values(module, width, dense, run) for width in heads]
+def _first(found: Sequence[Width | str]) -> Width | str | None:
+    """The first width in dimensions of heads, or why what seems to be heads has none."""
     return next((each for each in found if isinstance(each, Width)), found[0] if found else None)
 
 

@@ -101,4 +101,10 @@ def _width_notes(site: Site, found: Discovery) -> list[str]:
         notes.append(f"vP% keeps some of the {site.values.units} value dimensions of each head")
     elif site.name in found.fixed_values:
         notes.append(f"no vP%: {found.fixed_values[site.name]}")
+    if (width := site.query_keys) is not None:
+        pairs = " as rotary pairs" if width.pairs else ""
+        size = width.units // width.heads
+        notes.append(f"qP% keeps some of the {size} query-key dimensions of each head{pairs}")
+    elif site.name in found.fixed_query_keys:
+        notes.append(f"no qP%: {found.fixed_query_keys[site.name]}")
     return notes

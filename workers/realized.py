@@ -112,7 +112,7 @@ class RealizedStore:
                 path = cut.member.module
                 layer = reference_layer(weight, bias_of(narrow, path))
                 narrow.set_submodule(path, layer.eval())
-            pad_heads(narrow, width, len(kept))
+            pad_heads(narrow, width, kept)
             return Realized([narrow], {})
 
         return self._hold(site, option, realize).layers[0]

@@ -38,9 +38,9 @@ from apportion.spaces.unrealized import unrealized
 
 NAMED_DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULTS = {"c": "obs", "v": "whitened", "s": "wanda", "r": "whitened", "w": "rtn"}
-DEFAULTS |= {"residual": "whitened"}
+DEFAULTS |= {"q": "whitened", "residual": "whitened"}
 FALLBACKS = {"c": "magnitude", "v": "svd", "s": "magnitude", "r": "svd", "w": "rtn"}
-FALLBACKS |= {"residual": "svd"}
+FALLBACKS |= {"q": "svd", "residual": "svd"}
 RANK_MULTIPLE = 8
 
 
@@ -63,8 +63,9 @@ class InputStatistics:
 def effective_methods(option: Option, has_statistics: bool) -> dict[str, str]:
     """The method of every step that has methods: the one asked for, else the default.
 
-    Defaults: c obs, s wanda, v, r and residual whitened, w rtn. Where a layer has no statistics (an
-    unfolded convolution may have none) they are c and s magnitude, v, r and residual svd, w rtn.
+    Defaults: c obs, s wanda, v, q, r and residual whitened, w rtn. Where a layer has no statistics
+    (an unfolded convolution may have none) they are c and s magnitude, v, q, r and residual svd,
+    w rtn.
 
     Raises:
         InvalidInput: A method, or a8s, that needs statistics was asked for and there are none.

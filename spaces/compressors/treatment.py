@@ -13,6 +13,7 @@ from apportion.spaces.compressors.compose import (
     realize,
 )
 from apportion.spaces.compressors.experts import realize_experts
+from apportion.spaces.compressors.query_keys import fewer_query_keys, kept_query_keys
 from apportion.spaces.compressors.restructure import narrowed_moment, restructure
 from apportion.spaces.compressors.values import fewer_values, kept_values, output_moment, value_cuts
 from apportion.spaces.grammar import Option
@@ -30,20 +31,20 @@ def realize_treatment(
     scores: Tensor | None = None,
     biases: Sequence[Tensor | None] | None = None,
 ) -> StoredSite:
-    """`cP%` or `vP%` done to all weights of a sub-block, then the rest of the option to each.
+    """`cP%`, `vP%` or `qP%` done to all weights of a sub-block, then the option's rest to each.
 
     The rest is fitted on what is left: on narrower weights, and on the inputs of the kept units.
 
     Args:
         weights: float32 [out, in] of each cut of `width.cuts`.
-        width: what the sub-block is wide by; for `vP%` in value dimensions.
-        option: with `cP%` or `vP%`; not refused.
+        width: what the sub-block is wide by; for `vP%` in value, for `qP%` in query-key dimensions.
+        option: with `cP%`, `vP%` or `qP%`; not refused.
         statistics: of what enters each group of `width.groups`; None: not known. Of experts one,
             what `Routing.of` takes.
         model_dtype: dtype of what the option leaves as it is.
         rank_multiple: ranks of rP% are multiples of it.
         scores: float64 [units] of `gates.gate_scores`, where the option needs them.
-        biases: of each cut [out], or None, which `vP%` changes too; None: there are none.
+        biases: of each cut [out], or None, which `vP%` and `qP%` change too; None: there are none.
 
     Raises:
         InvalidInput: the option is refused, a method needs statistics that are not known, or
@@ -53,9 +54,10 @@ def realize_treatment(
         raise ApportionError(f"{option} is no treatment of a sub-block")
     if width.experts is not None:
         return realize_experts(weights, width, option, statistics[0], model_dtype, rank_multiple)
-    if option.value_percent is not None:
+    if option.dimension_percent is not None:
         own = biases or [None] * len(weights)
-        left = _with_fewer_values(weights, own, width, option, statistics, rank_multiple)
+        fewer = _with_fewer_values if option.value_percent else _with_fewer_query_keys
+        left = fewer(weights, own, width, option, statistics, rank_multiple)
     else:
         left = _with_fewer_units(weights, width, option, statistics, scores)
     stored = (
@@ -123,6 +125,25 @@ def _with_fewer_values(
         moment = output_moment(between.second_moment, fewer.transforms)
         given[read] = InputStatistics(moment, between.tokens)
     return _Left(tuple(range(rank)), fewer.weights, tuple(given.values()), fewer.biases)
+
+
+def _with_fewer_query_keys(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    width: Width,
+    option: Option,
+    statistics: Sequence[InputStatistics | None],
+    rank_multiple: int,
+) -> _Left:
+    if option.query_key_percent is None:
+        raise ApportionError(f"{option} keeps no query-key dimensions")
+    given = _by_cut(width, statistics)
+    known = all(seen for cut, seen in zip(width.cuts, given, strict=True) if cut.heads)
+    method = effective_methods(option, has_statistics=known)["q"]
+    seen = [None] * len(given) if method == "svd" else given
+    count = kept_query_keys(option.query_key_percent, width, rank_multiple)
+    fewer = fewer_query_keys(width, weights, biases, count, seen)
+    return _Left(fewer.kept, fewer.weights, tuple(given), fewer.biases)
 
 
 def _by_cut(

@@ -50,16 +50,35 @@ def value_refusal(option: Option, width: Width, rank_multiple: int) -> str | Non
         rank_multiple: what stays is a multiple of it.
     """
     percent, size = option.value_percent, width.units
-    if percent is not None and not kept_values(percent, size, rank_multiple):
-        told = ""
-        if rank_multiple < size:
-            least = (Decimal(100 * rank_multiple) / size).quantize(Decimal("0.1"), ROUND_CEILING)
-            told = f"; at least v{least.normalize():f}%"
-        return f"v{percent}% of {size} value dimensions is no multiple of {rank_multiple}{told}"
+    if percent is not None and (
+        reason := dimension_refusal("v", percent, size, rank_multiple, "value")
+    ):
+        return reason
     if option.static_activations:
         dynamic = str(option).replace("a8s", "a8")
         return f"a8s needs the range of the new values, which nobody saw; nearest: {dynamic}"
     return None
+
+
+def dimension_refusal(
+    step: str, percent: Decimal, size: int, multiple: int, kind: str
+) -> str | None:
+    """Why P % of a head's `size` dimensions of a kind cannot stay, with what fits; None if it can.
+
+    Args:
+        step: of the grammar, "v" or "q".
+        percent: P.
+        size: how many there are.
+        multiple: what stays is a multiple of it.
+        kind: what they are dimensions of.
+    """
+    if kept_values(percent, size, multiple):
+        return None
+    told = ""
+    if multiple < size:
+        least = (Decimal(100 * multiple) / size).quantize(Decimal("0.1"), ROUND_CEILING)
+        told = f"; at least {step}{least.normalize():f}%"
+    return f"{step}{percent}% of {size} {kind} dimensions is no multiple of {multiple}{told}"
 
 
 def value_cuts(width: Width) -> tuple[Cut, Cut]:

@@ -134,7 +134,7 @@ def _families(option: Option) -> frozenset[str]:
     has = {
         QUANTIZED: option.bits,
         SPARSE: option.sparsity or option.keep_percent,
-        LOW_RANK: option.rank_percent or option.value_percent or option.residual_rank,
+        LOW_RANK: option.rank_percent or option.dimension_percent or option.residual_rank,
         DROPPED: option.drops,
         DENSE: option.name not in (None, *STRUCTURE_NAMES),
     }

@@ -1,4 +1,4 @@
-"""A study whose attention keeps half of its value dimensions, from submit to verify."""
+"""Studies whose attention keeps half of its value or query-key dimensions, submit to verify."""
 
 import json
 import runpy
@@ -52,13 +52,15 @@ def load(part):
 """
 
 
-def test_fewer_value_dimensions_are_exported_and_verified(
-    tmp_path: Path, own_model: OwnModel
+@pytest.mark.parametrize("step", ["v", "q"])
+def test_fewer_dimensions_of_heads_are_exported_and_verified(
+    tmp_path: Path, own_model: OwnModel, step: str
 ) -> None:
-    options = ["keep", "v50%", "v50%+w8"]
+    options = ["keep", f"{step}50%", f"{step}50%+w8"]
     journey = own_model(MODEL, "attention:*", options, "0.6x dense")
-    told = journey.run("sites", journey.study).out
-    assert "vP% keeps some of the 16 value dimensions of each head" in " ".join(told.split())
+    told = " ".join(journey.run("sites", journey.study).out.split())
+    assert "vP% keeps some of the 16 value dimensions of each head" in told
+    assert "qP% keeps some of the 16 query-key dimensions of each head" in told
     ended = journey.submit()
     assert (ended.status, ended.error) == (0, "")
     report = json.loads(journey.run("show", "tiny", "--json").out)
@@ -66,7 +68,7 @@ def test_fewer_value_dimensions_are_exported_and_verified(
     for point in report["front"]:
         check(journey, tmp_path / f"{point['number']}", point)
     used = {text for point in report["front"] for text in point["configuration"].values()}
-    assert used >= {"v50%", "v50%+w8"}
+    assert used >= set(options[1:])
 
 
 def check(journey: Journey, folder: Path, point: Any) -> None:
@@ -85,9 +87,10 @@ def check(journey: Journey, folder: Path, point: Any) -> None:
             continue
         values = "codes" if option.endswith("w8") else "weight"
         held = f"0.{block}.attention"
-        assert tensors[f"{held}.v.bias"].shape == (16,)
-        assert tensors[f"{held}.v.packed.{values}"].numel() == 16 * 32
-        assert tensors[f"{held}.o.packed.{values}"].numel() == 32 * 32
+        one, other = ("v", "o") if option.startswith("v") else ("k", "q")
+        assert tensors[f"{held}.{one}.bias"].shape == (16,)
+        assert tensors[f"{held}.{one}.packed.{values}"].numel() == 16 * 32
+        assert tensors[f"{held}.{other}.packed.{values}"].numel() == 32 * 32
         attention = loaded.get_submodule(held)
-        given = attention.get_submodule("v")(torch.randn(3, 32)).view(3, 2, 16)
+        given = attention.get_submodule(one)(torch.randn(3, 32)).view(3, 2, 16)
         assert given[..., :8].all() and not given[..., 8:].any()

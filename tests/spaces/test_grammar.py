@@ -35,6 +35,7 @@ def weight_fields(draw):
 FIELDS = {
     "c": percents.map(lambda p: {"keep_percent": p}),
     "v": percents.map(lambda p: {"value_percent": p}),
+    "q": percents.map(lambda p: {"query_key_percent": p}),
     "s": (percents | patterns).map(lambda s: {"sparsity": s}),
     "r": percents.map(lambda p: {"rank_percent": p}),
     "w": weight_fields(),
@@ -45,7 +46,7 @@ FIELDS = {
 
 def _go_together(steps):
     repairs = steps != {"residual"} and ("w" in steps or "o" not in steps)
-    return repairs and not {"c", "v"} <= steps
+    return repairs and len({"c", "v", "q"} & steps) < 2
 
 
 @st.composite
@@ -71,7 +72,7 @@ def test_parse_of_printed_is_the_same_option(option):
     assert parse_option(str(option)) == option
 
 
-@given(st.text(alphabet="cvsrwoagbfp0123456789%:+. ", max_size=16))
+@given(st.text(alphabet="cvqsrwoagbfp0123456789%:+. ", max_size=16))
 def test_parse_of_any_text_prints_it_back_or_is_refused(text):
     try:
         assert str(parse_option(text)) == text
@@ -87,6 +88,10 @@ def test_parse_of_any_text_prints_it_back_or_is_refused(text):
         (
             "v50%:svd+w8",
             Option(value_percent=Decimal(50), bits=8, symmetric=True, methods=(("v", "svd"),)),
+        ),
+        (
+            "q75%:svd+w4",
+            Option(query_key_percent=Decimal(75), bits=4, methods=(("q", "svd"),)),
         ),
         ("w4+r50", Option(bits=4, residual_rank=50)),
         ("w4g64s", Option(bits=4, group=64, symmetric=True)),
@@ -121,14 +126,20 @@ def test_parse_of_known_texts_fills_the_fields(text, option):
         ("s150%", "a percentage lies between 0 and 100, both excluded"),
         ("v50", '"v50" is no option; the step is spelled vP%; nearest: v50%'),
         ("v50%:obs", 'unknown method "obs"; known for v: svd, whitened'),
-        ("w8+v50%", "steps go in the order c, v, s, r, w, o, residual: v50%+w8"),
+        ("w8+v50%", "steps go in the order c, v, q, s, r, w, o, residual: v50%+w8"),
         (
             "c50%+v75%+w8",
             "c and v are each done to a whole sub-block, not both: c50% or v75%",
         ),
+        ("c50%+q75%", "c and q are each done to a whole sub-block, not both: c50% or q75%"),
+        (
+            "c50%+v75%+q75%",
+            "c and v and q are each done to a whole sub-block, not all: c50% or v75% or q75%",
+        ),
+        ("q50", '"q50" is no option; the step is spelled qP%; nearest: q50%'),
         ("w4+s150%", '"s150%": a percentage lies between'),
-        ("w4+s50%", "steps go in the order c, v, s, r, w, o, residual: s50%+w4"),
-        ("r16+w4g64:rtn", "c, v, s, r, w, o, residual: w4g64:rtn+r16"),
+        ("w4+s50%", "steps go in the order c, v, q, s, r, w, o, residual: s50%+w4"),
+        ("r16+w4g64:rtn", "c, v, q, s, r, w, o, residual: w4g64:rtn+r16"),
         ("r16", "a residual repairs the steps before it: w4g64+r16; a rank alone is r50%"),
         ("s50", "nearest: s50%"),
         ("bf61", "nearest: bf16"),
@@ -159,7 +170,7 @@ def test_parse_of_known_texts_fills_the_fields(text, option):
         ("s50%+o1%+r8", "outliers are what a step w does not round: w3g16+o1%"),
         ("w8g64+o1%", "8 bits round no weight so badly that it is an outlier: w8g64"),
         ("w8a8+o1%", "8 bits round no weight so badly that it is an outlier: w8a8"),
-        ("w3+r8+o1%", "c, v, s, r, w, o, residual: w3+o1%+r8"),
+        ("w3+r8+o1%", "c, v, q, s, r, w, o, residual: w3+o1%+r8"),
         ("w3+o1%:svd", "o takes no method"),
         ("w3+o", "the step is spelled oP%"),
         ("w3+o0%", "a percentage lies between 0 and 100"),
@@ -178,7 +189,7 @@ REALIZED = """dense f32 bf16 keep drop drop:mean w2 w3g64 w4g32s w8 w8g64 w8a8 w
 s50%:magnitude r25%:whitened w4g64+r16 s50%+r8 s60%+w3g64 s50%:wanda+w4g64:rtn+r16 w5 w6g64s
 w1.58 w1.58g64 s50%+w1.58g64 w4g64:hqq s50%+w3:hqq+r4 2:4 2:4:magnitude 4:8+w4 1:4+r8 op:conv
 c75% c75%:wanda+w4 c50%+r25% w3g16+o1% w1.58g64+o0.5% s50%+w3:gptq+o2%+r8 w4g64:awq w8:awq
-s50%+w1.58:awq+o1%+r8 c75%+w3:awq"""
+s50%+w1.58:awq+o1%+r8 c75%+w3:awq q50% q50%:svd+w4"""
 UNREALIZED = "fp16 c75%+w7 r50%+w4 s50%+r50% 2:4+r50% r50%+r8 w1 w7g64 w4a8 w8a8g64 w4a8s"
 
 
@@ -202,7 +213,7 @@ def test_unrealized_gives_a_reason_for_the_rest_of_the_grammar(text):
     + [("s50%", True), ("r50%", True), ("w4", True), ("s50%:magnitude+r8:svd", False)]
     + [("w4+o1%", True), ("w4:hqq+o1%", False), ("s50%:magnitude+w4:hqq+o1%+r4:svd", False)]
     + [("c50%:magnitude", True), ("c50%:first", False), ("c50%:first+w4", True), ("v50%", True)]
-    + [("v50%:svd", False)]
+    + [("v50%:svd", False), ("q50%", True), ("q50%:svd", False)]
     + [("w4:hqq", False), ("s50%+w4:hqq", True), ("2:4:magnitude", False), ("2:4", True)]
     + [("w8a8", True), ("w8a8s", True), ("w4a8:hqq", False), ("w4a8s:hqq", True)]
     + [("w4:awq", True), ("drop", False), ("drop:mean", True)]

@@ -40,7 +40,10 @@ def test_sites_name_what_is_fixed_and_why(rows: dict[str, SiteRow]) -> None:
 def test_sites_say_what_of_attention_can_be_left_out(rows: dict[str, SiteRow]) -> None:
     told = rows["model.layers.0.self_attn"]["note"].split("; ")
     assert told[0].startswith("no cP%: nothing of what k_proj and q_proj and v_proj give can be")
-    assert told[1:] == ["vP% keeps some of the 16 value dimensions of each head"]
+    assert told[1:] == [
+        "vP% keeps some of the 16 value dimensions of each head",
+        "qP% keeps some of the 16 query-key dimensions of each head as rotary pairs",
+    ]
 
 
 def test_sites_say_which_norm_takes_scales_of_awq(rows: dict[str, SiteRow]) -> None:

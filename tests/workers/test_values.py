@@ -1,4 +1,4 @@
-"""Fewer value dimensions made by a worker, evaluated by it, and loaded from an exported folder."""
+"""Fewer dimensions of heads made by a worker, evaluated by it, loaded from an exported folder."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ from apportion.workers.evaluator import Evaluate, Evaluator
 from apportion.workers.realizer import Realize, Realizer
 from apportion.workers.spec import Setting, WorkerSpec, build_evaluator, open_setting
 
-OPTIONS = ("v50%", "v50%+w8", "v75%:svd+w4g8")
+OPTIONS = ("v50%", "v50%+w8", "v75%:svd+w4g8", "q50%", "q75%:svd+w8")
 SPACE = [[["attention:*"], ["keep", "drop", *OPTIONS]]]
 
 
 @pytest.fixture(scope="module")
 def values_spec(spec: WorkerSpec, tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
-    """A space of value dimensions, its bank filled by the worker's own means."""
+    """A space of value and query-key dimensions, its bank filled by the worker's own means."""
     folder = tmp_path_factory.mktemp("values")
     made = spec | {
         "space": SPACE,
@@ -56,7 +56,7 @@ def test_loaded_folder_loses_what_was_evaluated(
     evaluator, setting = build_evaluator(values_spec), open_setting(values_spec)
     work = Evaluate(dict.fromkeys(setting.space.names, text), "heldout", 0, 4)
     found = evaluator.evaluate(work).losses
-    assert found is not None and (found > 1e-6).all()
+    assert found is not None and (found > 1e-7).all()
     loaded = written(evaluator, setting, text, ending, tmp_path / "folder")
     pads = any(isinstance(module, PaddedHeads | HeadStarts) for module in loaded.modules())
     assert pads is (ending != ZEROS)
@@ -64,7 +64,7 @@ def test_loaded_folder_loses_what_was_evaluated(
     with torch.inference_mode():
         dense, output = (call(model, chunk.batch) for model in (setting.opened.model, loaded))
     losses, _ = setting.objective.measure(output, chunk.batch, dense)
-    np.testing.assert_allclose(losses[:4], found, rtol=1e-3)
+    np.testing.assert_allclose(losses[:4], found, rtol=1e-3, atol=2e-9)
 
 
 def written(
