@@ -23,6 +23,7 @@ from apportion.workers.spec import (
     cache_folder,
     open_bank,
     open_beside_others,
+    origin_of,
 )
 
 FACTORIZED = ("sparsegpt", "gptq")
@@ -103,7 +104,7 @@ class Realizer:
         finally:
             forget_factorizations()
         seconds = time.perf_counter() - began
-        return Realization(seconds, None if whole else "stopped", origin=self._origin())
+        return Realization(seconds, None if whole else "stopped", origin=origin_of(self._spec))
 
     def _fill(self, work: Realize) -> bool:
         """Whether all entries are there."""
@@ -131,13 +132,6 @@ class Realizer:
         from apportion.workers.bank_fetching import fetch_file
 
         return fetch_file(self._spec["origin"]["node"], Path(path), cache_folder(self._spec))
-
-    def _origin(self) -> Origin | None:
-        if "origin" not in self._spec or self._spec["bank"] == self._spec["origin"]["bank"]:
-            return None
-        import ray
-
-        return Origin(node=ray.get_runtime_context().get_node_id(), bank=self._spec["bank"])
 
 
 def _factorization(option: Option) -> tuple[tuple[str, ...], bool]:
