@@ -22,7 +22,6 @@ from apportion.workers.spec import (
     WorkerSpec,
     cache_folder,
     open_bank,
-    open_beside_others,
     origin_of,
 )
 
@@ -141,12 +140,3 @@ def _factorization(option: Option) -> tuple[tuple[str, ...], bool]:
     """
     methods = tuple(method for _, method in option.methods if method in FACTORIZED)
     return methods, option.rank_percent is not None or option.residual_rank is not None
-
-
-def build_realizer(spec: WorkerSpec) -> Callable[[Realize], Realization]:
-    """What realizes in a process that is not the machine's only one.
-
-    Raises:
-        InvalidInput: something that the specification names is not there, or does not fit.
-    """
-    return Realizer(open_beside_others(spec), spec).realize
