@@ -13,6 +13,7 @@ from apportion.studies.cli.display import Stage
 from apportion.studies.context import Context
 from apportion.studies.evaluations import Stopped
 from apportion.studies.filling import Compressors, checked
+from apportion.studies.specification.defaults import physical_cores
 from apportion.workers.bank_fetching import WORKER, fetch_to
 from apportion.workers.calibrator import CALIBRATION_BATCH, Collect, Collected
 from apportion.workers.spec import cache_folder
@@ -28,7 +29,7 @@ def calibrate(
     They are the same to the last bit whoever collects them.
 
     Args:
-        compressors: share the blocks where they are several.
+        compressors: share the blocks (`is_shared`).
         wanted: what statistics there shall be.
         file: gives the file of a portion's.
 
@@ -44,7 +45,7 @@ def calibrate(
     batches = [chunk.batch for chunk in context.samples("calibration").chunks(CALIBRATION_BATCH)]
     tokens, reason = 0, None
     with context.display.stage("calibrate") as bar:
-        if compressors.are_several and len(missing) > 1:
+        if len(missing) > 1 and is_shared(context):
             tokens = _by_workers(context, compressors, missing, wanted, batches, file, bar)
         # All, if this process is alone. Else what workers left because the model is no chain.
         if left := [portion for portion in missing if not file(portion).is_file()]:
@@ -53,6 +54,18 @@ def calibrate(
         unit = "tokens" if context.spec.data.is_text else "rows"
         told = f", all blocks at once: {reason}" if reason else ""
         bar.end(f"{tokens:,} {unit}{told}")
+
+
+def is_shared(context: Context) -> bool:
+    """Whether there are several workers, each with processors of its own.
+
+    Each makes forward passes that one process makes once: where they have to take turns on the
+    processors, sharing would take longer.
+    """
+    if context.cluster is not None:
+        return True  # a node takes as many workers as it was started with processors for
+    threads = context.workers * context.spec.objective.threads
+    return context.workers > 1 and threads <= physical_cores()
 
 
 def _here(

@@ -22,15 +22,10 @@ Kind = TypeVar("Kind", bound=Work[Result])
 
 
 class Compressors:
-    """Workers that are started when there is something for them to do, and serve all of the stage.
-
-    Attributes:
-        are_several: whether they are processes of their own.
-    """
+    """Workers of the whole stage, started when there is something for them to do."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.are_several = context.cluster is not None or context.workers > 1
 
     def close(self) -> None:
         """End them."""

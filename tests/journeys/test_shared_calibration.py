@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
+from apportion.studies.specification.defaults import physical_cores
+
+pytestmark = pytest.mark.skipif(physical_cores() < 2, reason="workers share no single core")
 Journey = Any
 LONGEST_S = 120.0
 IMPORTS = "import os\nimport sys\nimport time\nfrom pathlib import Path\n\nimport torch\n"

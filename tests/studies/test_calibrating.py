@@ -10,7 +10,7 @@ import torch
 
 from apportion.errors import InvalidInput
 from apportion.spaces.streaming import Portion, portions
-from apportion.studies.calibrating import calibrate
+from apportion.studies.calibrating import calibrate, is_shared
 from apportion.studies.cli.display import QuietDisplay
 from apportion.studies.context import Context, worker_spec
 from apportion.studies.database import Store
@@ -82,7 +82,7 @@ class OneByOne(Compressors):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.are_several = True
+        context.workers = 2
         self.done: list[str | None] = []
         spec = worker_spec(context.spec, context.home)
         self.calibrator = Calibrator(context.setting, spec)
@@ -91,6 +91,11 @@ class OneByOne(Compressors):
         for work in works:
             take(work, self.calibrator.collect(work))
             self.done.append(work.step.portion.block)
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apportion.studies.calibrating.physical_cores", lambda: 2)
 
 
 def calibrated(context: Context, compressors: Compressors, name: str) -> dict[str | None, bytes]:
@@ -123,9 +128,9 @@ def test_what_workers_leave_of_no_chain_is_collected_in_one_pass(
 ) -> None:
     context = opened("skipping")
     worker = OneByOne(context)
-    assert calibrated(context, worker, "shared") == calibrated(
-        context, Compressors(context), "alone"
-    )
+    found = calibrated(context, worker, "shared")
+    context.workers = 1
+    assert found == calibrated(context, Compressors(context), "alone")
     assert worker.done == [None, "blocks.0", "blocks.1"]
 
 
@@ -137,6 +142,17 @@ def test_only_missing_blocks_are_collected_again(opened: Callable[[str], Context
     worker = OneByOne(context)
     assert calibrated(context, worker, "shared") == whole
     assert worker.done == ["blocks.0", "blocks.2"]
+
+
+def test_workers_that_would_take_turns_on_the_processors_share_nothing(
+    opened: Callable[[str], Context],
+) -> None:
+    context = opened("chain")
+    assert not is_shared(context)
+    context.workers = 2
+    assert is_shared(context)
+    context.workers = 3
+    assert not is_shared(context)
 
 
 def test_block_that_cannot_be_collected_ends_the_stage_in_its_words(
