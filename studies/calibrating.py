@@ -62,10 +62,11 @@ def is_shared(context: Context) -> bool:
     Each makes forward passes that one process makes once: where they have to take turns on the
     processors, sharing would take longer.
     """
-    if context.cluster is not None:
-        return True  # a node takes as many workers as it was started with processors for
+    if context.workers == 1:
+        return False
+    # A node of a cluster takes as many workers as it was started with processors for.
     threads = context.workers * context.spec.objective.threads
-    return context.workers > 1 and threads <= physical_cores()
+    return context.cluster is not None or threads <= physical_cores()
 
 
 def _here(
