@@ -43,11 +43,12 @@ from apportion.spaces.space import DENSE
 from apportion.spaces.statistics import read_statistics, write_statistics
 from apportion.spaces.streaming import Portion, portions
 from apportion.studies.specification import load
+from apportion.workers.calibrator import build_compressor
 from apportion.workers.device_lock import processor_lock
 from apportion.workers.patience import Patience
 from apportion.workers.processes import THREAD_VARIABLES
 from apportion.workers.ray_pool import RayPool
-from apportion.workers.realizer import Realize, Realizer, build_realizer
+from apportion.workers.realizer import Realize, Realizer
 from apportion.workers.spec import Setting, WorkerSpec, open_setting
 
 STUDY_FILE = ROOT / "examples" / "demo" / "study.toml"
@@ -101,7 +102,7 @@ class Build:
         """Seconds that so many workers take to fill an empty bank."""
         shutil.rmtree(self.bank.folder, ignore_errors=True)
         patience = Patience(floor_seconds=math.inf)
-        pool = RayPool(self.spec, workers, build=build_realizer, patience=patience)
+        pool = RayPool(self.spec, workers, build=build_compressor, patience=patience)
         try:
             began = time.perf_counter()
             for future in [pool.submit(work) for work in self.works]:

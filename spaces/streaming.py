@@ -3,9 +3,12 @@
 Each batch is run to the end of the first block; what that gives is kept, and the next pass over
 the batches begins with it. A chain must prove itself: on the first batch every block must give
 what it gives in an ordinary pass, to the last bit.
+
+Several processes share the work by block: each walks the whole chain, but stops to watch at other
+blocks than the rest. Of one that is another's it only makes the forward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -40,6 +43,24 @@ class Portion:
     added: tuple[Site, ...] = ()
 
 
+@dataclass(frozen=True)
+class Step:
+    """A portion's place in the chain: all that a process needs to collect it.
+
+    Attributes:
+        portion: what is collected.
+        before: paths of the blocks that run before its own, in that order.
+        expected: hash of what its block gives on the first batch; None: the portion lies outside of
+            all blocks, and takes an ordinary pass.
+        in_products: whether products are watched, for this portion or another.
+    """
+
+    portion: Portion
+    before: tuple[str, ...]
+    expected: str | None
+    in_products: bool
+
+
 def portions(
     sites: Sequence[Site], blocks: Sequence[Site], added: Sequence[Site] = ()
 ) -> list[Portion]:
@@ -66,6 +87,7 @@ def stream(
     activations: Activations,
     keep: Keep,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    others: Sequence[Portion] = (),
 ) -> str | None:
     """Second moments of each weight site's input and what is added, one block at a time.
 
@@ -80,6 +102,7 @@ def stream(
         activations: empty; holds what a block gave.
         keep: takes a portion's statistics, which live no longer than this call.
         progress: told how many forward passes are done, and how many there are.
+        others: what was collected before.
 
     Returns:
         Why the blocks are no chain; None: they are, or none is wanted.
@@ -91,38 +114,28 @@ def stream(
         raise InvalidInput("data.calibration: there is no calibration data")
     left = {portion.block: portion for portion in wanted}
     passes = _Passes(len(left) * len(batches), progress)
-
-    def keep_and_forget(portion: Portion, sums: Sums) -> None:
-        keep(portion, sums)
-        del left[portion.block]
-
+    inside = [portion for portion in wanted if portion.block is not None]
+    walk = Walk(model, blocks, batches, activations, passes.one_more)
     reason = None
-    with _alike(model, wanted):
-        try:
-            _by_block(model, blocks, wanted, batches, activations, keep_and_forget, passes.one_more)
-        except NoChain as error:
-            reason = str(error)
-            activations.clear()
-            passes.begin_again(len(batches))
-        if not left:
-            return reason
-        sites = [site for portion in left.values() for site in portion.sites]
-        added = [site for portion in left.values() for site in portion.added]
+    try:
+        for step in steps(model, blocks, inside, batches[0], others):
+            keep(step.portion, walk.collect(step))
+            del left[step.portion.block]
+    except NoChain as error:
+        reason = str(error)
+        passes.begin_again(len(batches))
+    activations.clear()
+    if not left:
+        return reason
+    sites = [site for portion in left.values() for site in portion.sites]
+    added = [site for portion in left.values() for site in portion.added]
+    with _alike(_in_products(model, [*wanted, *others])):
         sums = collect(model, sites, batches, lambda _: passes.one_more(), added)
-        for portion in left.values():
-            names = [name for site in portion.sites for name in site.input_names]
-            names += [site.name for site in portion.added]
-            keep(portion, {name: sums.pop(name) for name in names if name in sums})
+    for portion in left.values():
+        names = [name for site in portion.sites for name in site.input_names]
+        names += [site.name for site in portion.added]
+        keep(portion, {name: sums.pop(name) for name in names if name in sums})
     return reason
-
-
-def _alike(model: nn.Module, wanted: Sequence[Portion]) -> AbstractContextManager[object]:
-    """What all passes are made in, so that they give the same bits.
-
-    While products are watched `nn.MultiheadAttention` takes another way: in some, so in all.
-    """
-    sites = [site for portion in wanted for site in portion.sites]
-    return BaseTorchFunctionMode() if seen_in_products(model, sites) else nullcontext()
 
 
 class _Passes:
@@ -141,20 +154,45 @@ class _Passes:
         self.total = self.done + passes
 
 
-@torch.no_grad()
-def _by_block(
+def steps(
     model: nn.Module,
     blocks: Sequence[Site],
     wanted: Sequence[Portion],
-    batches: Sequence[Batch],
-    activations: Activations,
-    keep: Keep,
-    one_more: Callable[[], None],
-) -> None:
-    """Collect what lies in blocks. Raises NoChain; what was kept before is right."""
+    batch: Batch,
+    others: Sequence[Portion] = (),
+) -> list[Step]:
+    """The portions in the order of a walk, from one ordinary pass on the first batch.
+
+    Args:
+        model: the dense model.
+        blocks: its blocks, wanted or not.
+        wanted: what to collect. What lies outside of all blocks comes first: it takes longest.
+        batch: the first one.
+        others: what was collected before.
+
+    Raises:
+        NoChain: the blocks are none.
+    """
     inside = {portion.block: portion for portion in wanted if portion.block is not None}
-    if not inside:
-        return
+    in_products = _in_products(model, [*wanted, *others])
+    with _alike(in_products):
+        given = _given(model, blocks, inside, batch) if inside else {}
+    found = [Step(portion, (), None, in_products) for portion in wanted if portion.block is None]
+    order = tuple(given)
+    for place, (block, expected) in enumerate(given.items()):
+        if block in inside:
+            found.append(Step(inside[block], order[:place], expected, in_products))
+    return found
+
+
+def _in_products(model: nn.Module, some: Sequence[Portion]) -> bool:
+    return bool(seen_in_products(model, [site for portion in some for site in portion.sites]))
+
+
+def _given(
+    model: nn.Module, blocks: Sequence[Site], inside: Mapping[str, Portion], batch: Batch
+) -> dict[str, str]:
+    """Block -> hash of what it gives, in the order of execution. Raises NoChain."""
     layers = {
         site.members[0].module: block
         for block, portion in inside.items()
@@ -162,41 +200,87 @@ def _by_block(
         if site.unseen is None
     }
     layers |= {site.name: block for block, portion in inside.items() for site in portion.added}
-    given = trace(model, [block.name for block in blocks], layers, batches[0])
+    given = trace(model, [block.name for block in blocks], layers, batch)
     if unseen := inside.keys() - given.keys():
         raise NoChain(f"block {min(unseen)} is not run on every batch")
-    order = sorted((b for b in blocks if b.name in given), key=lambda b: [*given].index(b.name))
-    before: Sequence[Site] = ()
-    for place, block in enumerate(order):
-        if block.name in inside:
-            portion = inside[block.name]
-            part = Part(model, before, block.name)
-            expected = given[block.name]
-            keep(portion, _collected(part, expected, portion, batches, activations, one_more))
-            before = order[: place + 1]
-    activations.clear()
+    return given
 
 
-def _collected(
-    part: Part,
-    expected: str,
-    portion: Portion,
-    batches: Sequence[Batch],
-    activations: Activations,
-    one_more: Callable[[], None],
-) -> Sums:
-    """Sum what a portion's sites take or add, and put its block's outputs in their place.
+class Walk:
+    """One process's way through the blocks; what the last block gave that it stopped at is kept."""
 
-    Raises:
-        NoChain: on the first batch the block gives something else than `expected`.
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Site],
+        batches: Sequence[Batch],
+        activations: Activations,
+        one_more: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begins before the first block.
+
+        Args:
+            model: the dense model.
+            blocks: its blocks.
+            batches: calibration data.
+            activations: empty; holds what a block gave.
+            one_more: is told of each forward pass.
+        """
+        self._model, self._batches, self._activations = model, batches, activations
+        self._blocks = {block.name: block for block in blocks}
+        self._one_more = one_more
+        self._passed: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def collect(self, step: Step) -> Sums:
+        """The statistics of a step; those behind the last one begin at the model's inputs again.
+
+        Raises:
+            NoChain: the blocks are none; what was collected before is right.
+            InvalidInput: inputs that are not finite.
+            OSError: the disk is full.
+        """
+        portion = step.portion
+        with _alike(step.in_products):
+            if portion.block is None or step.expected is None:
+                told = lambda _: self._one_more()  # noqa: E731
+                return collect(self._model, portion.sites, self._batches, told, portion.added)
+            begin = self._passed
+            if step.before[: len(begin)] != begin:
+                begin = ()
+                self._activations.clear()
+            # Until this block is through there is nothing that a walk could go on from.
+            self._passed = ()
+            part = Part(self._model, [self._blocks[name] for name in begin], portion.block)
+            try:
+                sums = self._collected(part, step.expected, portion)
+            except BaseException:
+                self._activations.clear()
+                raise
+            self._passed = (*step.before, portion.block)
+            return sums
+
+    def _collected(self, part: Part, expected: str, portion: Portion) -> Sums:
+        """Sum what a portion's sites take or add, and keep its block's outputs.
+
+        Raises:
+            NoChain: on the first batch the block gives something else than `expected`.
+        """
+        sites, model, activations = portion.sites, self._model, self._activations
+        seen = routed(model, sites), watched(model, sites), adding(model, portion.added)
+        with seen[0] as sent, seen[1] as sums, seen[2] as added, part.entered() as run:
+            for number, batch in enumerate(self._batches):
+                output = run(batch, activations.take(number) if part.before else None)
+                if number == 0 and output_hash(output) != expected:
+                    raise NoChain(f"block {part.last} depends on more than the block before")
+                activations.put(number, output)
+                self._one_more()
+        return {**sent, **sums, **added}
+
+
+def _alike(in_products: bool) -> AbstractContextManager[object]:
+    """What all passes are made in, so that they give the same bits.
+
+    While products are watched `nn.MultiheadAttention` takes another way: in some, so in all.
     """
-    sites, model = portion.sites, part.model
-    seen = routed(model, sites), watched(model, sites), adding(model, portion.added)
-    with seen[0] as sent, seen[1] as sums, seen[2] as added, part.entered() as run:
-        for number, batch in enumerate(batches):
-            output = run(batch, activations.take(number) if part.before else None)
-            if number == 0 and output_hash(output) != expected:
-                raise NoChain(f"block {part.last} depends on more than the block before")
-            activations.put(number, output)
-            one_more()
-    return {**sent, **sums, **added}
+    return BaseTorchFunctionMode() if in_products else nullcontext()

@@ -11,6 +11,7 @@ from apportion.workers.spec import Origin
 
 RETRIES = 2
 DRIVER = "the driver's node"
+WORKER = "a worker's node"
 
 
 def fetcher(origin: Origin, whose: str = DRIVER) -> Callable[[str], tuple[bytes, str]]:
@@ -26,10 +27,14 @@ def fetch_file(node: str, path: Path, folder: Path) -> Path:
         NotFetched: it does not come.
     """
     here = path if path.is_file() else folder / path.name
-    if here.is_file():
-        return here
-    told = f"{DRIVER} does not give {path}"
-    content, expected = _read_there(node, path, told)
+    if not here.is_file():
+        fetch_to(here, node, path, DRIVER)
+    return here
+
+
+def fetch_to(here: Path, node: str, path: Path, whose: str) -> None:
+    """Have a node's file here, whole. Raises NotFetched."""
+    content, expected = _read_there(node, path, f"{whose} does not give {path}")
     try:
         write_whole(here, content)
         if file_hash(here) != expected:
@@ -37,7 +42,6 @@ def fetch_file(node: str, path: Path, folder: Path) -> Path:
             raise NotFetched(f"{here} is not what was sent: the disk is faulty")
     except OSError as error:
         raise NotFetched(f"{here} cannot be written: {error}") from error
-    return here
 
 
 def _read_there(node: str, path: Path, failed: str) -> tuple[bytes, str]:

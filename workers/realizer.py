@@ -22,7 +22,7 @@ from apportion.workers.spec import (
     WorkerSpec,
     cache_folder,
     open_bank,
-    open_beside_others,
+    origin_of,
 )
 
 FACTORIZED = ("sparsegpt", "gptq")
@@ -103,7 +103,7 @@ class Realizer:
         finally:
             forget_factorizations()
         seconds = time.perf_counter() - began
-        return Realization(seconds, None if whole else "stopped", origin=self._origin())
+        return Realization(seconds, None if whole else "stopped", origin=origin_of(self._spec))
 
     def _fill(self, work: Realize) -> bool:
         """Whether all entries are there."""
@@ -132,13 +132,6 @@ class Realizer:
 
         return fetch_file(self._spec["origin"]["node"], Path(path), cache_folder(self._spec))
 
-    def _origin(self) -> Origin | None:
-        if "origin" not in self._spec or self._spec["bank"] == self._spec["origin"]["bank"]:
-            return None
-        import ray
-
-        return Origin(node=ray.get_runtime_context().get_node_id(), bank=self._spec["bank"])
-
 
 def _factorization(option: Option) -> tuple[tuple[str, ...], bool]:
     """Sorts options by what of the statistics is factorized for them and kept for the next.
@@ -147,12 +140,3 @@ def _factorization(option: Option) -> tuple[tuple[str, ...], bool]:
     """
     methods = tuple(method for _, method in option.methods if method in FACTORIZED)
     return methods, option.rank_percent is not None or option.residual_rank is not None
-
-
-def build_realizer(spec: WorkerSpec) -> Callable[[Realize], Realization]:
-    """What realizes in a process that is not the machine's only one.
-
-    Raises:
-        InvalidInput: something that the specification names is not there, or does not fit.
-    """
-    return Realizer(open_beside_others(spec), spec).realize

@@ -154,9 +154,18 @@ def open_beside_others(spec: WorkerSpec) -> Setting:
     return setting
 
 
-def cache_folder(spec: WorkerSpec) -> Path:
+def cache_folder(spec: WorkerSpec | Origin) -> Path:
     """Where what can be made or fetched again is kept, beside the bank."""
     return Path(spec["bank"]).with_name("cache")
+
+
+def origin_of(spec: WorkerSpec) -> Origin | None:
+    """Where the bank is that this worker fills; None: it is the driver's."""
+    if "origin" not in spec or spec["bank"] == spec["origin"]["bank"]:
+        return None
+    import ray
+
+    return Origin(node=ray.get_runtime_context().get_node_id(), bank=spec["bank"])
 
 
 def open_bank(spec: WorkerSpec) -> Bank:

@@ -1,30 +1,29 @@
 """Calibrate and compress: the bank of realized options, each made once."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from apportion.errors import ApportionError
 from apportion.hashing import content_hash, tensors_hash
-from apportion.spaces.activations import Activations
 from apportion.spaces.apply import member_weight
 from apportion.spaces.bank import entry_key
-from apportion.spaces.calibration import Sums
 from apportion.spaces.degenerate import degeneracy, is_unreached
 from apportion.spaces.grammar import Option
 from apportion.spaces.outlier_ratios import outlier_ratios
 from apportion.spaces.realization import source_hashes
 from apportion.spaces.sites import Site
 from apportion.spaces.space import DROP_MEAN, Space
-from apportion.spaces.statistics import GATES, StatisticsFiles, write_statistics
-from apportion.spaces.streaming import Portion, portions, stream
+from apportion.spaces.statistics import GATES, StatisticsFiles
+from apportion.spaces.streaming import Portion, portions
+from apportion.studies.calibrating import calibrate
 from apportion.studies.context import RANK_MULTIPLE, Context, Output
 from apportion.studies.evaluations import Stopped
-from apportion.studies.filling import fill
+from apportion.studies.filling import Compressors, fill
 from apportion.studies.specification.sections import OWL
 from apportion.studies.stages.gates import Gates
 from apportion.workers.realizer import Realize
 
-CALIBRATION_BATCH = 16
 # Raise it when calibration gives other numbers for the same data.
 CALIBRATION_VERSION = 3
 Index = dict[str, dict[str, str]]
@@ -57,46 +56,10 @@ class Statistics:
         name = content_hash([CALIBRATION_VERSION, *made_from])
         return self.context.home.cache / f"calibration-{name}.safetensors"
 
-    def collect(self) -> None:
-        """Collect what the cache does not hold; a finished block is whole and stays.
-
-        Raises:
-            InvalidInput: calibration data that cannot be used.
-            Stopped: the user asked to stop.
-        """
-        self._collect_inputs()
+    def collect(self, compressors: Compressors) -> None:
+        """Collect what the cache does not hold. Raises what `calibrate` does."""
+        calibrate(self.context, compressors, self.portions, self.path)
         self.gates.collect()
-
-    def _collect_inputs(self) -> None:
-        missing = [portion for portion in self.portions if not self.path(portion).is_file()]
-        if not missing:
-            return
-        chunks = self.context.samples("calibration").chunks(CALIBRATION_BATCH)
-        counts = [0]
-
-        def keep(portion: Portion, sums: Sums) -> None:
-            write_statistics(self.path(portion), sums)
-            counts.extend(found.tokens for found in sums.values())
-
-        with self.context.display.stage("calibrate") as bar:
-
-            def progress(done: int, total: int) -> None:
-                if self.context.stop.is_set():
-                    raise Stopped
-                bar.update(done, total, "")
-
-            reason = stream(
-                self.context.model,
-                self.context.setting.blocks,
-                missing,
-                [chunk.batch for chunk in chunks],
-                Activations(self.context.home.cache),
-                keep,
-                progress,
-            )
-            unit = "tokens" if self.context.spec.data.is_text else "rows"
-            told = f", all blocks at once: {reason}" if reason else ""
-            bar.end(f"{max(counts):,} {unit}{told}")
 
 
 def run(context: Context, space: Space) -> Output:
@@ -107,8 +70,13 @@ def run(context: Context, space: Space) -> Output:
         ApportionError: workers that cannot be kept alive.
         Stopped: the user asked to stop; whole entries stay.
     """
+    with closing(Compressors(context)) as compressors:
+        return _run(context, space, compressors)
+
+
+def _run(context: Context, space: Space, compressors: Compressors) -> Output:
     statistics = Statistics(context, space)
-    statistics.collect()
+    statistics.collect(compressors)
     sites = [place for place in range(len(space.sites)) if _stored_options(space, place)]
     files = statistics.files
     with context.display.stage("compress") as bar:
@@ -116,7 +84,7 @@ def run(context: Context, space: Space) -> Output:
         missing = _missing(context, space, index, files)
         total = sum(len(keys) for keys in index.values())
         left = sum(len(work.keys) for work in missing)
-        fill(context, missing, lambda made, site: bar.update(total - left + made, total, site))
+        fill(compressors, missing, lambda made, site: bar.update(total - left + made, total, site))
         size = sum(context.bank.bytes(key) for keys in index.values() for key in keys.values())
         kept = f" ({total - left} there already)" if left < total else ""
         bar.end(f"bank {total} entries, {size / 1e6:.0f} MB{kept}")
@@ -182,16 +150,17 @@ def restore(context: Context, space: Space, index: Mapping[str, Mapping[str, str
         f"{context.home.bank}; they are made again"
     )
     statistics = Statistics(context, space)
-    statistics.collect()
-    files = statistics.files
-    again, _ = _index(context, space, places, files)
-    for name, keys in again.items():
-        if keys != index[name]:
-            raise ApportionError(
-                f"the bank has lost entries of {name}, and this version would make others; "
-                "submit the study under another name"
-            )
-    fill(context, _missing(context, space, again, files), lambda made, site: None)
+    with closing(Compressors(context)) as compressors:
+        statistics.collect(compressors)
+        files = statistics.files
+        again, _ = _index(context, space, places, files)
+        for name, keys in again.items():
+            if keys != index[name]:
+                raise ApportionError(
+                    f"the bank has lost entries of {name}, and this version would make others; "
+                    "submit the study under another name"
+                )
+        fill(compressors, _missing(context, space, again, files), lambda made, site: None)
 
 
 def _all_there(context: Context, keys: Mapping[str, str]) -> bool:

@@ -156,6 +156,23 @@ def test_nodes_come_and_go(
     assert untimed(journey.path()) == untimed(one_node.path())
 
 
+def statistics(home: Path) -> dict[str, bytes]:
+    """Name of a block's file -> what it holds."""
+    return {file.name: file.read_bytes() for file in home.glob("cache/calibration-*")}
+
+
+def test_node_calibrates_and_the_driver_has_it(
+    node: Callable[..., Any], cluster: Any, journey: Journey, finished: Journey, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    node(env_vars={"APPORTION_HOME": str(elsewhere)})
+    with journey.process("submit", journey.study, *on(cluster), "--workers", 2) as process:
+        _, error = process.communicate(timeout=LONGEST_S)
+    assert (process.returncode, error) == (0, "")
+    assert len(statistics(elsewhere)) == 2
+    assert statistics(elsewhere) == statistics(journey.home) == statistics(finished.home)
+
+
 def test_address_without_a_cluster_leaves_no_study(journey: Journey) -> None:
     ended = journey.run("submit", journey.study, "--ray", "127.0.0.1:1")
     assert (ended.status, len(ended.error.splitlines())) == (2, 1)

@@ -234,6 +234,37 @@ def test_stream_runs_through_blocks_that_are_not_wanted(make_model, make_batch, 
     assert_same(streamed.found, collect(model, streamed.sites, batches))
 
 
+def test_block_that_was_left_has_the_bits_of_a_whole_stream(tmp_path):
+    """Its passes take the way of torch's attention that those did in which products were seen."""
+
+    class Sparse(Expert):
+        def __init__(self, experts):
+            super().__init__()
+            self.experts = self.experts if experts else None
+
+        def forward(self, x):
+            x = super().forward(x)[0] if self.experts is not None else self.attended(x)
+            return x + self.mlp(x), None
+
+        def attended(self, x):
+            return x + self.attention(x, x, x, need_weights=False)[0]
+
+    class Mixed(Vision):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Sparse(True), Sparse(False), Sparse(False)])
+
+    model, whole, left = built(Mixed), {}, {}
+    sites = discover(model, images()[0]).sites
+    blocks = [site for site in sites if site.kind == "block"]
+    every = portions(sites, blocks)
+    last = [portion for portion in every if portion.block == "blocks.2"]
+    for wanted, found in ((every, whole), (last, left)):
+        activations, keep = Activations(tmp_path), lambda _, sums, found=found: found.update(sums)
+        stream(model, blocks, wanted, images(), activations, keep, others=every)
+    assert_same(left, {name: whole[name] for name in left})
+
+
 def test_stream_runs_no_block_more_than_it_must(make_model, make_batch, tmp_path):
     model, batches = make_model("llama"), [make_batch("llama")] * 3
     calls = [0] * len(model.model.layers)

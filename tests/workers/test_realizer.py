@@ -17,9 +17,10 @@ from apportion.spaces.calibration import collect
 from apportion.spaces.grammar import parse_option
 from apportion.spaces.realization import realize_site
 from apportion.spaces.statistics import StatisticsFiles, write_statistics
+from apportion.workers.calibrator import build_compressor
 from apportion.workers.pool import InProcessPool, Pool
 from apportion.workers.ray_pool import RayPool
-from apportion.workers.realizer import Realize, Realizer, build_realizer
+from apportion.workers.realizer import Realize, Realizer
 from apportion.workers.spec import WorkerSpec, open_setting
 
 OPTIONS = "w4g32 w4g32:hqq w3g32:gptq s50%:sparsegpt r50% s50%:sparsegpt+w4g32:gptq w3+r4".split()
@@ -89,7 +90,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     alone = own | {"bank": str(tmp_path / "alone")}
     fill(InProcessPool(Realizer(open_setting(alone), alone).realize), works)
     assert files(tmp_path / "alone") == expected
-    fill(RayPool(own, workers=2, build=build_realizer), works)
+    fill(RayPool(own, workers=2, build=build_compressor), works)
     assert files(tmp_path / "bank") == expected
 
 
@@ -98,7 +99,7 @@ def test_killed_worker_takes_no_entry_with_it(
 ) -> None:
     works = works_of(own, tmp_path)
     expected = by_hand(own, works, tmp_path / "by hand")
-    pipe, pool = tmp_path / "pipe", RayPool(own, workers=2, build=build_realizer)
+    pipe, pool = tmp_path / "pipe", RayPool(own, workers=2, build=build_compressor)
     os.mkfifo(pipe)  # who reads it waits
     try:
         futures = [pool.submit(work) for work in works[1:]]
@@ -170,7 +171,7 @@ def test_what_is_wrong_comes_back_in_the_users_words(
     write_statistics(tmp_path / "nan", {work.site: replace(seen, second_moment=moment)})
     made: Pool
     if pool == "ray":
-        made = RayPool(own, workers=1, build=build_realizer)
+        made = RayPool(own, workers=1, build=build_compressor)
     else:
         made = InProcessPool(Realizer(open_setting(own), own).realize)
     result = made.submit(replace(work, statistics=str(tmp_path / "nan"))).result(60)
