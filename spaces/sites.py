@@ -8,6 +8,8 @@ from apportion.kernels.formats import LayerShape
 
 OutputForm = Literal["tensor", "tuple"]
 Side = Literal["out", "in", "groups", "whole"]
+CACHE = "cache"
+"""A kind of site, and what its name has after that of its attention sub-block."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,32 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """What an attention sub-block hands to a key-value cache for each token.
+
+    Attributes:
+        keyword: of its forward, which takes the cache.
+        layer: number of the cache's layer.
+        heads: key-value heads.
+        key_channels: of each head.
+        value_channels: of each head.
+    """
+
+    keyword: str
+    layer: int
+    heads: int
+    key_channels: int
+    value_channels: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class Site:
     """A node of the tree block > sub-block > weight site, or a choice block.
 
@@ -209,8 +237,8 @@ class Site:
         name: module path; of a fused group the parent and its members
             ("model.layers.3.self_attn.q_proj+k_proj+v_proj"); of what is written back the
             parameter ("model.layers.0.mlp.experts.down_proj", whose members are the experts).
-        kind: "block", "attention", "mlp", "linear", "conv" or "choice"; "experts" of what stands
-            for a sub-block's experts among those that calibration watches.
+        kind: "block", "attention", "mlp", "linear", "conv", "choice" or "cache"; "experts" of what
+            stands for a sub-block's experts among those that calibration watches.
         members: the weights that share the option; empty for a structure site or choice block.
         parent: name of the innermost structure site around it, or None.
         output: what a structure site's module returns: a tensor, or a tuple that starts with one.
@@ -225,6 +253,7 @@ class Site:
         constant: shape of the constant that `drop:mean` adds in place of a structure site:
             `[features]`, or `[channels, 1, 1]` of a convolutional one.
         unseen: why nobody sees what weights that are written back are multiplied with, or None.
+        cache: of a cache what its attention hands to it ("model.layers.3.self_attn.cache").
     """
 
     name: str
@@ -240,10 +269,12 @@ class Site:
     values: Width | None = None
     constant: tuple[int, ...] = ()
     unseen: str | None = None
+    cache: Cached | None = None
 
     @property
     def is_structure(self) -> bool:
-        """Whether an option says what runs (keep or drop, op:NAME), not how weights are stored."""
+        """Whether an option says what runs (keep or drop, op:NAME, kNvM), not how weights are
+        stored."""
         return not self.members
 
     @property

@@ -1,5 +1,6 @@
 """The sites of a model, for `apportion sites`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def site_rows(source: str | StudySpec) -> list[SiteRow]:
     if isinstance(source, StudySpec):
         setting = open_setting(worker_spec(source, Home.find()))
         found = discover(setting.opened.model, setting.sample)
-        return _rows(found, setting.space)
+        return _rows(replace(found, sites=setting.sites), setting.space)
     opened = open_model(source, "float32", Path.cwd())
     if not opened.is_causal_lm:
         raise InvalidInput(
@@ -73,6 +74,12 @@ def _note(site: Site, space: Space | None, found: Discovery) -> str:
         return "fixed: no entry of the space names it"
     if site.choices:
         return f"a choice block: runs one of {', '.join(site.choices)}"
+    if site.cache is not None:
+        cached = site.cache
+        return (
+            f"of each token {cached.heads} heads: {cached.key_channels} channels of keys, "
+            f"{cached.value_channels} of values"
+        )
     if notes := _width_notes(site, found):
         return "; ".join(notes)
     if site.optional:

@@ -4,6 +4,7 @@ import shutil
 import time
 from typing import Any
 
+from apportion.cost_models.cache_bytes import cache_bytes, has_caches
 from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
 from apportion.cost_models.outlook import outlook
 from apportion.cost_models.requests import RequestItem
@@ -19,7 +20,7 @@ from apportion.studies.cli.records import CheckReport, Need, OperatorCount
 from apportion.studies.context import RANK_MULTIPLE, worker_spec
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
-from apportion.studies.limits import amount
+from apportion.studies.limits import CACHE_BYTES, amount
 from apportion.studies.pricing import Prices
 from apportion.studies.specification import StudySpec
 from apportion.studies.stages.discover import check_choices
@@ -128,6 +129,8 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
         "weight_bytes": weight_bytes(model, space, RANK_MULTIPLE),
         "bits": bits(model, space, RANK_MULTIPLE),
     }
+    if has_caches(space):
+        static[CACHE_BYTES] = cache_bytes(model, space, setting.sites)
     rows = {kind: cost.rows for kind, cost in static.items()}
     base = {kind: cost.base for kind, cost in static.items()}
     prices = Prices(space, rows, base, {}, uniform)
@@ -137,7 +140,7 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
                 prices.unit(limit.unit)
             except InvalidInput as error:
                 raise InvalidInput(f"limits.{limit.kind}: {error}") from error
-        if limit.kind not in static:
+        if limit.kind not in static and limit.kind != CACHE_BYTES:
             continue
         found = infeasibility(prices.problem([limit], {}))
         if found is not None:
