@@ -10,6 +10,7 @@ from apportion.cost_models.outlook import outlook
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.static import bits, site_bytes, weight_bytes
 from apportion.errors import InvalidInput
+from apportion.kernels.packed_cache import GROUP
 from apportion.search.solvers.exact import infeasibility
 from apportion.spaces.batches import call, no_gradients
 from apportion.spaces.degenerate import check_finite
@@ -52,6 +53,11 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
         if found.note:
             display.warning(found.note)
     check_choices(setting.space)
+    if has_caches(setting.space) and (spec.data.context or GROUP) < GROUP:
+        display.warning(
+            f"data.context: keys are rounded {GROUP} tokens at a time, so windows of "
+            f"{spec.data.context} tell nothing of what their bits lose"
+        )
     read_starts(spec, setting)
     check_finite(setting.opened.model, setting.space.sites)
     _check_limits(spec, setting)
