@@ -48,7 +48,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens `[batch, heads, tokens, channels]`; gives all that it holds."""
+        """Add tokens `[batch, heads, tokens, channels]`; gives what they attend to."""
         if self.packed is None:
             self.packed = PackedCache(self.format, key_states, value_states)
         return self.packed.update(key_states, value_states)

@@ -4,7 +4,9 @@ As KIVI (Liu et al., ICML 2024, "KIVI: A Tuning-Free Asymmetric 2bit Quantizatio
 keys have a scale and a zero for each channel of a head and each 32 tokens in a row, because a few
 channels are large at all tokens; values have them for each token and each 32 channels of a head.
 The last tokens, fewer than 32, have keys in the model's dtype. KIVI also keeps the last 128 tokens
-of both unrounded, and attends to unrounded ones in a prompt; here what is stored is attended to.
+of both unrounded, and attends to unrounded ones in a prompt. Here a token attends to the rounded
+keys of the groups before its own and to the unrounded ones of its own, and to rounded values,
+however many tokens come at a time: a prompt gives what its tokens give one by one.
 
 | tensors of | shape |
 |---|---|
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from apportion.errors import InvalidInput
 from apportion.kernels.codes import levels
 from apportion.kernels.packing import CODES_PER_WORD, pack_codes, packed_bytes, unpack_codes
 
@@ -107,7 +110,22 @@ class PackedCache:
         return sum(tensor.nbytes for tensor in (*self.keys.tensors, *self.values.tensors))
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add tokens `[batch, heads, tokens, channels]`; gives all keys and all values."""
+        """Add tokens `[batch, heads, tokens, channels]`; gives what they attend to.
+
+        One token: all keys and values. More of them: the same as stored, and then once more the
+        tokens from their first group on, with unrounded keys; `attended` says who sees which.
+        """
+        before, groups = self.keys, self.keys.codes.shape[TOKENS]
+        raw = torch.cat([self.rest, keys], TOKENS)
+        self._add(keys, values)
+        stored_keys, stored_values = self.unpacked()
+        if keys.shape[TOKENS] == 1:
+            old = _unpack_keys(before, self.format.key_bits, self.dtype)
+            return torch.cat([old, raw], TOKENS), stored_values
+        again = stored_values[:, :, groups * GROUP :]
+        return torch.cat([stored_keys, raw], TOKENS), torch.cat([stored_values, again], TOKENS)
+
+    def _add(self, keys: Tensor, values: Tensor) -> None:
         self.rest = torch.cat([self.rest, keys], TOKENS)
         whole = self.rest.shape[TOKENS] // GROUP * GROUP
         if whole:
@@ -115,7 +133,6 @@ class PackedCache:
             self.keys = self.keys.then(packed)
             self.rest = self.rest[:, :, whole:].clone()
         self.values = self.values.then(_pack_values(values, self.format.value_bits))
-        return self.unpacked()
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """All keys and all values, `[batch, heads, tokens, channels]`, in the model's dtype."""
@@ -138,6 +155,38 @@ class PackedCache:
         sequences = sequences.to(self.rest.device)
         self.rest = self.rest.index_select(0, sequences)
         self.keys, self.values = self.keys.select(sequences), self.values.select(sequences)
+
+
+def attended(mask: Tensor | None, past: int, tokens: int) -> Tensor:
+    """Which of what `PackedCache.update` gives for several tokens each of them attends to.
+
+    Args:
+        mask: what they attend to in a dense cache, `[batch or 1, 1, tokens, all or more]`, True or
+            0 where they do, False or a large negative number where not; None: to all before.
+        past: tokens that were there before.
+        tokens: that come, more than one.
+
+    Returns:
+        A mask of the same kind over what is given, `[batch or 1, 1, tokens, given]`.
+
+    Raises:
+        InvalidInput: a mask of another shape.
+    """
+    total, first = past + tokens, past // GROUP * GROUP
+    device = None if mask is None else mask.device
+    query = torch.arange(past, total, device=device)[:, None]
+    key = torch.arange(total, device=device)
+    stored = key // GROUP < query // GROUP
+    own = (key // GROUP == query // GROUP) & (key <= query)
+    seen = torch.cat([stored, own[:, first:]], 1)[None, None]
+    if mask is None:
+        return seen
+    if mask.ndim != 4 or mask.shape[2] != tokens or mask.shape[3] < total:
+        raise InvalidInput(f"attention has a mask {list(mask.shape)}, not [batch, 1, tokens, all]")
+    given = torch.cat([mask[..., :total], mask[..., first:total]], -1)
+    if given.dtype == torch.bool:
+        return given & seen
+    return given.masked_fill(~seen, torch.finfo(given.dtype).min)
 
 
 def _pack_keys(keys: Tensor, bits: int) -> Codes:

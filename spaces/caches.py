@@ -1,8 +1,9 @@
 """Key-value caches as sites: which attention hands its keys and values to one, and packing them.
 
 Nothing here lists models by name. An attention sub-block is run on what it was given with a cache
-that writes down what it is handed and gives it back; its output has to stay what it was, and has to
-change where the cache gives back something else.
+that writes down what it is handed and gives it back, twice and with a mask that lets each token see
+one of both; its output has to stay what it was, and has to change where the cache gives back
+something else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from apportion.errors import InvalidInput
-from apportion.kernels.packed_cache import CacheFormat, PackedCache
+from apportion.kernels.packed_cache import CacheFormat, PackedCache, attended
 from apportion.spaces.batches import Batch
 from apportion.spaces.entries import Entry
 from apportion.spaces.grammar import Option, names_cache
-from apportion.spaces.probing import Call, probe
+from apportion.spaces.probing import Call, first_tensor, probe
 from apportion.spaces.sites import CACHE, Cached, Site
 from apportion.spaces.trials import (
     NO_CHANGE,
@@ -29,6 +30,9 @@ from apportion.spaces.trials import (
     is_cache,
     runner,
 )
+
+MASK = "attention_mask"
+"""The keyword of a mask in every attention of transformers."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def _using_cache(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Recorder:
-    """Stands for a cache: writes down what it is handed, and gives a multiple of it back."""
+    """Stands for a cache: writes down what it is handed, and gives a multiple of it back, twice."""
 
     key_factor: float = 1.0
     value_factor: float = 1.0
@@ -134,7 +138,10 @@ class _Recorder:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         self.seen.append((key_states, value_states, layer_idx))
-        return key_states * self.key_factor, value_states * self.value_factor
+        keys, values = key_states * self.key_factor, value_states * self.value_factor
+        if keys.shape[2] == 1:
+            return keys, values
+        return torch.cat([keys, keys], 2), torch.cat([values, values], 2)
 
 
 @torch.no_grad()
@@ -158,7 +165,10 @@ def _tried(module: nn.Module, call: Call, keyword: str) -> Cached | str:
     run = runner(call)
 
     def with_cache(recorder: _Recorder) -> Tensor:
-        return run(lambda *args, **given: module(*args, **{**given, keyword: recorder}))
+        def forward(*args: Any, **given: Any) -> Any:
+            return module(*args, **_masked({**given, keyword: recorder}, args, 0))
+
+        return run(forward)
 
     recorder = _Recorder()
     dense, cached = run(module), with_cache(recorder)
@@ -201,11 +211,20 @@ def _unpackable(module: nn.Module, layer: int) -> str | None:
     return unpackable(layers[layer]) if layer < len(layers) else None
 
 
+def _masked(keywords: dict[str, Any], args: tuple[Any, ...], past: int) -> dict[str, Any]:
+    """The keywords of attention with the mask over what a packed cache gives for its tokens."""
+    hidden = first_tensor(args, keywords)
+    tokens = 1 if hidden is None else hidden.shape[1]
+    if tokens == 1:
+        return keywords
+    return {**keywords, MASK: attended(keywords.get(MASK), past, tokens)}
+
+
 @dataclass
 class Transient:
-    """Stands for a cache where none is given: packs all keys and values, and gives them unpacked.
+    """Stands for a cache where none is given: packs all keys and values, and forgets them.
 
-    So a forward pass over a whole window attends to what a cache would hold of it.
+    So a forward pass over a whole window gives what its tokens would give one by one.
     """
 
     format: CacheFormat
@@ -217,7 +236,7 @@ class Transient:
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """What is handed in, `[batch, heads, tokens, channels]`, rounded as a cache stores it."""
+        """What the tokens attend to, as `PackedCache.update` gives it."""
         return PackedCache(self.format, key_states, value_states).update(key_states, value_states)
 
 
@@ -238,11 +257,12 @@ class Packing:
         """
         given = next((value for value in (*args, *keywords.values()) if is_cache(value)), None)
         if given is None:
-            return args, {**keywords, self.cached.keyword: Transient(self.format)}
+            keywords = {**keywords, self.cached.keyword: Transient(self.format)}
+            return args, _masked(keywords, args, 0)
         from apportion.kernels.cache_layer import pack_layer
 
         pack_layer(given, self.cached.layer, self.format)
-        return args, keywords
+        return args, _masked(keywords, args, given.get_seq_length(self.cached.layer))
 
 
 def pack_cache(model: nn.Module, path: str, cached: Cached, option: Option) -> RemovableHandle:

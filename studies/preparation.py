@@ -53,9 +53,9 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
         if found.note:
             display.warning(found.note)
     check_choices(setting.space)
-    if has_caches(setting.space) and (spec.data.context or GROUP) < GROUP:
+    if has_caches(setting.space) and (spec.data.context or GROUP + 1) <= GROUP:
         display.warning(
-            f"data.context: keys are rounded {GROUP} tokens at a time, so windows of "
+            f"data.context: only tokens behind the first {GROUP} see rounded keys, so windows of "
             f"{spec.data.context} tell nothing of what their bits lose"
         )
     read_starts(spec, setting)
