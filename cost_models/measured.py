@@ -232,8 +232,8 @@ def _with_constants(context: Context, plan: ItemPlan, dense: float) -> dict[tupl
 def _with_caches(context: Context, plan: ItemPlan, dense: float) -> dict[tuple[int, int], float]:
     """Milliseconds that packing takes more than what a dense cache does; alike ones are timed once.
 
-    The cache alone is timed. Attention over several tokens at a time has their keys twice; what that
-    takes is seen where whole models are timed.
+    The cache alone is timed. Attention over several tokens at a time has their keys twice; what
+    that takes is seen where whole models are timed.
     """
     session, works = context.session, plan.cache_works
 
