@@ -167,6 +167,8 @@ def _subject(context: Context, times: ItemTimes, choice: Choice, config: Config)
     operators = [o.key for program in running if program is not None for o in program]
     taken = [plan.alternatives.get((place, config[place])) for place in there]
     operators += [name for name in taken if name is not None]
+    packed = [plan.caches[p, config[p]] for p in there if (p, config[p]) in plan.caches]
+    operators += [f"cache:{work.key}" for work in packed]
     fewer = [place for place in there if config[place] in experts_left(space, place)]
     operators += [f"{plan.structures[p]}:{space.texts[p][config[p]]}" for p in fewer]
     # "drop:mean" is another work than "drop", and the name that it has had is kept for this one.

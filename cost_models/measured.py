@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from apportion.cost_models.cache_work import CacheWork
 from apportion.cost_models.harness import Call, Measurement
 from apportion.cost_models.operators import (
     Given,
@@ -34,7 +35,7 @@ class ItemTimes:
         dropped: places that were dropped together -> the model without them.
         added: (choice block, option) -> what the model is slower with that alternative than with
             the first; negative where it is faster. (structure site, `drop:mean`) -> what adding
-            the constant takes.
+            the constant takes. (cache, option) -> what packing takes more than the dense cache.
         widths: half widths of the operators' intervals, relative.
     """
 
@@ -68,6 +69,7 @@ def measure_item(context: Context, plan: ItemPlan) -> ItemTimes:
         for place in places
     }
     added = {**_with_alternatives(context, plan, dense), **_with_constants(context, plan, dense)}
+    added |= _with_caches(context, plan, dense)
     return ItemTimes(plan, dense, times, savings, dropped, added, tuple(widths))
 
 
@@ -225,3 +227,28 @@ def _with_constants(context: Context, plan: ItemPlan, dense: float) -> dict[tupl
     )
     taken = {each: dense * measured.ratio for each, measured in zip(alike, found, strict=True)}
     return {place: taken[each] for place, each in places.items()}
+
+
+def _with_caches(context: Context, plan: ItemPlan, dense: float) -> dict[tuple[int, int], float]:
+    """Milliseconds that packing takes more than what a dense cache does; alike ones are timed once.
+
+    The cache alone is timed. Attention over several tokens at a time has their keys twice; what
+    that takes is seen where whole models are timed.
+    """
+    session, works = context.session, plan.cache_works
+
+    def subject(work: CacheWork) -> Subject:
+        described = {"cache": work.description, "threads": context.threads}
+        return Subject({**plan.description([], []), **described}, work.call)
+
+    found = session.measure(
+        [subject(work) for work in works],
+        lambda: runner(context.model, plan.item, context.sample),
+        session.timing.model_seconds if session.timing else 0.0,
+        context.footprint,
+    )
+    taken = {work.key: dense * m.ratio for work, m in zip(works, found, strict=True)}
+    return {
+        place: taken[work.key] - (taken[work.unpacked.key] if work.unpacked else 0.0)
+        for place, work in plan.caches.items()
+    }

@@ -56,7 +56,7 @@ def outlook(
     needed = {key for plan in plans for key in plan.operators}
     changed = [{*plan.structures.values(), *plan.alternatives.values()} for plan in plans]
     whole = sum(1 + len(names) + configurations for names in changed)
-    whole += sum(len(set(plan.constants.values())) for plan in plans)
+    whole += sum(len(set(plan.constants.values())) + len(plan.cache_works) for plan in plans)
     models = {plan.model for plan in plans}
     whole_stored = sum(subject.get("model") in models for subject in subjects)
     seconds = timing.operator_seconds * len(needed - stored)

@@ -1,12 +1,13 @@
 """What has to be timed for one request item: its operators, structures and alternatives."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from apportion.cost_models.cache_work import CacheWork, cache_works
 from apportion.cost_models.expert_loads import Shares, expected_loads, expert_shares, like_modules
 from apportion.cost_models.operators import (
     Given,
@@ -20,6 +21,7 @@ from apportion.cost_models.requests import RequestItem, runner
 from apportion.cost_models.session import Session
 from apportion.cost_models.whole_model import signature, whole_description
 from apportion.spaces.batches import Batch, call
+from apportion.spaces.caches import attention_of
 from apportion.spaces.grammar import Option
 from apportion.spaces.sites import Member, Site
 from apportion.spaces.space import DENSE, DROP_MEAN, Space
@@ -67,6 +69,7 @@ class ItemPlan:
         constants: (structure site, option) -> what a constant is added to in its place.
         active: place of a weight site of a listed expert -> share of the steps that run it.
         model: signature of the dense model.
+        caches: (cache, option) -> what packing is to one layer.
     """
 
     item: RequestItem
@@ -78,6 +81,14 @@ class ItemPlan:
     constants: dict[tuple[int, int], Given]
     active: dict[int, float]
     model: str
+    caches: dict[tuple[int, int], CacheWork] = field(default_factory=dict)
+
+    @property
+    def cache_works(self) -> list[CacheWork]:
+        """All distinct ones, and what the dense model does in their place."""
+        pairs = ((work, work.unpacked) for work in self.caches.values())
+        alike = {work.key: work for pair in pairs for work in pair if work is not None}
+        return list(alike.values())
 
     @property
     def operators(self) -> dict[str, Operator]:
@@ -133,15 +144,19 @@ def plan_item(context: Context, item: RequestItem) -> ItemPlan:
         if site.members and site.members[0].module in active
     }
     constants, whole = _constants(space, given), signature(model)
+    caches = cache_works(space, item, seen)
     return ItemPlan(
-        item, originals, candidates, layers, structures, alternatives, constants, often, whole
-    )
+        item, originals, candidates, layers, structures, alternatives, constants, often, whole,
+        caches,
+    )  # fmt: skip
 
 
 def observed(model: nn.Module, space: Space, run: Callable[[], object]) -> dict[str, Given]:
-    """What `observe` sees, and what modules of lists and those that hold the lists are given."""
+    """What `observe` sees, and what modules of lists, those that hold the lists, and attention
+    whose cache is a site are given."""
     lists = like_modules(model)
-    return observe(model, space, run, (*lists, *lists.values()))
+    cached = [attention_of(site) for site in space.sites if site.cache is not None]
+    return observe(model, space, run, (*lists, *lists.values(), *cached))
 
 
 def shares_of(model: nn.Module, space: Space, sample: Batch) -> Shares:

@@ -139,7 +139,7 @@ def measure_profile(
         plans = [plan_item(context, item) for item in request]
         session.total = sum(len(p.operators) + len(set(p.structures.values())) + 1 for p in plans)
         session.total += sum(len(set(p.alternatives.values())) for p in plans)
-        session.total += sum(len(set(p.constants.values())) for p in plans)
+        session.total += sum(len(set(p.constants.values())) + len(p.cache_works) for p in plans)
         session.total += configurations * len(plans)
         items = [measure_item(context, plan) for plan in plans]
         choice = choose(space, items, model_dtype(model))

@@ -14,7 +14,7 @@ from apportion.spaces.padding import served_by
 from apportion.spaces.parts import kept_share
 from apportion.spaces.space import Space
 
-STRUCTURE = "structure"
+STRUCTURE, PACKED_CACHE = "structure", "packed cache"
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Choice:
     """Implementation names [site][option]; "dense" for a weight site's neutral option.
 
     Attributes:
-        names: "structure" for keep, drops, fewer experts and alternatives of choice blocks; "dense"
-            also where nothing serves.
+        names: "structure" for keep, drops, fewer experts and alternatives of choice blocks, "packed
+            cache" for what is packed of keys and values; "dense" also where nothing serves.
         credited: whether the option runs anything but the dense computation.
     """
 
@@ -56,6 +56,10 @@ def choose(space: Space, items: Sequence[ItemTimes], dtype: str) -> Choice:
     credited: list[tuple[bool, ...]] = []
     for place, site in enumerate(space.sites):
         options = space.options[place]
+        if site.cache is not None:
+            names.append((STRUCTURE, *[PACKED_CACHE] * (len(options) - 1)))
+            credited.append((True,) * len(options))
+            continue
         if site.is_structure:
             left = experts_left(space, place)
             launching = [o.narrows and number not in left for number, o in enumerate(options)]
@@ -105,7 +109,8 @@ def item_rows(space: Space, times: ItemTimes, choice: Choice) -> tuple[Rows, Row
     of `drop:mean` what adding its constant takes, that of a treatment what its program takes and
     the kept share of what is in the sub-block beside its layers; one that leaves experts out takes
     what all of it takes. A layer of a listed expert takes its time in the steps that run it. Those
-    of a choice block are what its alternatives take more than the fastest of them.
+    of a choice block are what its alternatives take more than the fastest of them, those of a cache
+    what packing takes more than `keep`.
     """
     rows: list[list[tuple[float, float]]] = [
         [(0.0, 0.0)] * len(options) for options in space.options

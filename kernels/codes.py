@@ -7,6 +7,9 @@ A code q stands for w = (q - middle(bits)) * scale + zero, with the scale and ze
 TERNARY_BITS = 1.58
 CODE_BITS: tuple[float, ...] = (TERNARY_BITS, 2, 3, 4, 5, 6, 8)
 
+# Of keys and values in a cache, whose codes stand for q * scale + zero (`kernels.packed_cache`).
+CACHE_BITS = (2, 3, 4, 8)
+
 
 def levels(bits: float) -> int:
     """How many codes there are: 3 ternary ones, 2^bits others."""

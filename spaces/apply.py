@@ -1,6 +1,7 @@
 """Puts a configuration into a live model: packed operators in place of layers, nothing or a
 constant in place of what is dropped, narrower sub-blocks in place of treated ones, one alternative
-of each choice block, and realized weights as parameters where a module's forward is not known."""
+of each choice block, packed keys and values in caches, and realized weights as parameters where a
+module's forward is not known."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from apportion.kernels.formats import StoredWeight
 from apportion.kernels.group import members as group_members
 from apportion.kernels.reference import reference_weight
 from apportion.kernels.registry import implementation
+from apportion.spaces.caches import attention_of, pack_cache
 from apportion.spaces.choice import OPERATION, choice_at
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
@@ -230,6 +232,8 @@ def apply(
         if option.narrows:
             operator = None if site.has_experts else implementations[site.name][text]
             treat(model, treated_site(site, option), stored(site, option), operator)
+        elif site.cache is not None and option.cache_bits:
+            pack_cache(model, attention_of(site), site.cache, option)
         elif site.is_structure:
             continue
         elif site.written_back:

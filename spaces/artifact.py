@@ -22,17 +22,18 @@ from torch import Tensor, nn
 
 from apportion.errors import InvalidInput
 from apportion.spaces.apply import WRITTEN_BACK, chosen_alternatives, constant_of
+from apportion.spaces.caches import attention_of
 from apportion.spaces.choice import unchosen
 from apportion.spaces.grammar import Option
 from apportion.spaces.narrowing import narrowed_copy
 from apportion.spaces.parts import treated_site
-from apportion.spaces.sites import Member, Site
-from apportion.spaces.space import DENSE, Space
+from apportion.spaces.sites import CACHE, Member, Site
+from apportion.spaces.space import DENSE, KEEP, Space
 from apportion.spaces.stored import Stored, StoredSite
 
 FORMAT_VERSION = 1
 DESCRIPTION, TENSORS, REPORT = "apportion.json", "model.safetensors", "report.json"
-PACKED, CONSTANT = ".packed.", "constant"
+PACKED, CONSTANT, CACHES = ".packed.", "constant", "caches"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,20 @@ def _packed_sites(plan: Plan) -> list[Packed]:
     return packed
 
 
+def _packed_caches(plan: Plan) -> list[dict[str, Any]]:
+    """Which attention keeps its keys and values packed, and how."""
+    void = plan.space.voids(plan.space.config(plan.configuration))
+    return [
+        {
+            "name": attention_of(site),
+            "option": plan.configuration[site.name],
+            CACHE: site.cache.to_json(),
+        }
+        for site, gone in zip(plan.space.sites, void, strict=True)
+        if site.cache is not None and not gone and plan.configuration[site.name] != KEEP
+    ]
+
+
 def contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of the artifact by name, and the description of how they are put together."""
     packed = _packed_sites(plan)
@@ -154,7 +169,9 @@ def contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
         dropped.append(entry)
     chosen = chosen_alternatives(plan.space, plan.configuration)
     sites = [each.to_json() for each in packed]
-    return tensors, {"sites": sites, "dropped": dropped, "chosen": chosen}
+    parts = {"sites": sites, "dropped": dropped, "chosen": chosen}
+    caches = _packed_caches(plan)
+    return tensors, {**parts, CACHES: caches} if caches else parts
 
 
 def write(

@@ -18,7 +18,7 @@ from apportion.spaces.views import not_written_back
 KINDS = (
     "keep, drop and drop:mean are for blocks and sub-blocks, cP% for those of them whose width can "
     "change, vP% for attention whose values can, qP% where queries and keys can (apportion sites), "
-    "op:NAME for choice blocks, all others for weights"
+    "op:NAME for choice blocks, kNvM for caches, all others for weights"
 )
 
 
@@ -37,6 +37,8 @@ class Entry:
 def site_matches(site: Site, pattern: str) -> bool:
     """Whether a pattern names a site: by its name, a member's name, or `kind:name`."""
     names = [site.name, *(member.path for member in site.members)]
+    if site.cache is not None and site.parent is not None:
+        names.append(site.parent)
     if ":" in pattern:
         kind, _, pattern = pattern.partition(":")
         if kind != site.kind:
@@ -154,6 +156,8 @@ def _is_for(site: Site, option: Option) -> bool:
     """Whether the option is of the site's kind."""
     if site.choices or option.operation is not None:
         return bool(site.choices) and option.operation is not None
+    if site.cache is not None or option.cache_bits is not None:
+        return site.cache is not None and option.cache_bits is not None
     if option.value_percent is not None:
         return site.values is not None
     if option.query_key_percent is not None:

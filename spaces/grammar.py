@@ -1,8 +1,8 @@
 """The option grammar: what can be done to a site, as text and as a value.
 
-`option = dense | f32 | bf16 | fp16 | keep | drop | drop:mean | op:NAME | step(+step)*`. One option
-has one spelling: `parse_option` and `str` are exact inverses, anything else is refused with the
-right one.
+`option = dense | f32 | bf16 | fp16 | keep | drop | drop:mean | op:NAME | kNvM | step(+step)*`. One
+option has one spelling: `parse_option` and `str` are exact inverses, anything else is refused with
+the right one.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from apportion.errors import InvalidInput
-from apportion.kernels.codes import TERNARY_BITS
+from apportion.kernels.codes import CACHE_BITS, TERNARY_BITS
 
 DROPS = ("drop", "drop:mean")
 STRUCTURE_NAMES = ("keep", *DROPS)
@@ -39,6 +39,7 @@ ALWAYS_SYMMETRIC = (TERNARY_BITS, 8)
 BITS = "weights have 1 to 8 bits, or 1.58 (ternary)"
 
 _OPERATION = re.compile(r"op:([A-Za-z0-9_.-]+)")
+_CACHE = re.compile(r"k([0-9]{1,9})v([0-9]{1,9})")
 _STEP = re.compile(
     r"(?:(?P<percent_step>[cvqsro])(?P<percent>[0-9]{1,9}(?:\.[0-9]{1,9})?)%"
     r"|(?P<kept>[0-9]{1,9}):(?P<of>[0-9]{1,9})"
@@ -65,8 +66,8 @@ _PERCENTS = {
     "o": "outlier_percent",
 }
 _SPELLINGS = (*NAMES, "op:NAME", "c75%", "v50%", "q50%", "s50%", "2:4", "r50%", "r16", "w1.58g64",
-              "w2g64", "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8",
-              "o1%")  # fmt: skip
+              "w2g64", "w3g64", "w4", "w4g32", "w4g64", "w4g128", "w4g64s", "w8", "w8a8", "o1%",
+              "k8v8", "k4v4")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Option:
 
     name: str | None = None
     operation: str | None = None
+    cache_bits: tuple[int, int] | None = None
+    """Of the keys and of the values that a cache holds."""
     keep_percent: Decimal | None = None
     value_percent: Decimal | None = None
     query_key_percent: Decimal | None = None
@@ -101,6 +104,8 @@ class Option:
             return self.name
         if self.operation is not None:
             return f"op:{self.operation}"
+        if self.cache_bits is not None:
+            return "k{}v{}".format(*self.cache_bits)
         methods = dict(self.methods)
         texts = ((step, self._step(step)) for step in STEPS)
         return "+".join(
@@ -137,9 +142,9 @@ class Option:
 
     @property
     def is_structure(self) -> bool:
-        """True for what structure sites and choice blocks have: `keep`, drops, `cP%`, `vP%`, `qP%`,
-        op:NAME."""
-        return self.name in STRUCTURE_NAMES or self.operation is not None or self.narrows
+        """True for what sites without weights have: `keep`, drops, cP%, vP%, qP%, op:NAME, kNvM."""
+        named = self.name in STRUCTURE_NAMES or self.operation is not None
+        return named or self.cache_bits is not None or self.narrows
 
     @property
     def drops(self) -> bool:
@@ -200,6 +205,8 @@ def parse_option(text: str) -> Option:
         if match is None:
             raise _wrong(text, "op: is followed by a name of letters, digits, _, . and -")
         return Option(operation=match[1])
+    if (match := _CACHE.fullmatch(text)) is not None:
+        return _cache_option(text, int(match[1]), int(match[2]))
     fields: dict[str, Any] = {}
     methods: dict[str, str] = {}
     seen: list[str] = []
@@ -214,6 +221,21 @@ def parse_option(text: str) -> Option:
     option = Option(**fields, methods=tuple((s, methods[s]) for s in STEPS if s in methods))
     _check_whole(text, option, seen)
     return option
+
+
+def _cache_option(text: str, key_bits: int, value_bits: int) -> Option:
+    option = Option(cache_bits=(key_bits, value_bits))
+    if not {key_bits, value_bits} <= set(CACHE_BITS):
+        known = ", ".join(map(str, CACHE_BITS))
+        raise _wrong(text, f"keys and values of a cache have {known} bits, such as k4v4")
+    if str(option) != text:
+        raise _wrong(text, f"write {option}")
+    return option
+
+
+def names_cache(text: str) -> bool:
+    """Whether a text is spelled like an option of caches, `kNvM`, with bits that exist or not."""
+    return _CACHE.fullmatch(text) is not None
 
 
 def _check_whole(text: str, option: Option, seen: list[str]) -> None:
@@ -324,8 +346,8 @@ def _unknown(text: str, part: str) -> str:
     form = _FORMS.get(part[:1].lower(), "")
     told = [f"the step is spelled {form}"] if form else []
     told += [f"nearest: {', '.join(nearest)}"] if nearest else []
-    known = f"an option is one of {', '.join(NAMES)}, op:NAME, or steps {ORDER} joined by +"
-    if text != part and part in NAMES:
+    known = f"an option is one of {', '.join(NAMES)}, op:NAME, kNvM, or steps {ORDER} joined by +"
+    if text != part and (part in NAMES or names_cache(part)):
         return f'"{part}" stands alone and takes no steps'
     return f'"{part}" is no option; {"; ".join(told) or known}'
 

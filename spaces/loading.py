@@ -14,14 +14,23 @@ from apportion.errors import ApportionError, InvalidInput
 from apportion.kernels.formats import DTYPES, Format, StoredWeight
 from apportion.kernels.registry import IMPLEMENTATIONS
 from apportion.spaces.apply import WRITTEN_BACK, drop, install_groups, install_narrow, write_back
-from apportion.spaces.artifact import CONSTANT, DESCRIPTION, FORMAT_VERSION, PACKED, TENSORS
+from apportion.spaces.artifact import (
+    CACHES,
+    CONSTANT,
+    DESCRIPTION,
+    FORMAT_VERSION,
+    PACKED,
+    TENSORS,
+)
 from apportion.spaces.batches import frozen
+from apportion.spaces.caches import pack_cache
 from apportion.spaces.choice import choice_at
+from apportion.spaces.grammar import parse_option
 from apportion.spaces.kernel_sizes import make_kernels_plain
 from apportion.spaces.layers import tied_names
 from apportion.spaces.narrowing import narrowed_copy
 from apportion.spaces.padding import served_by
-from apportion.spaces.sites import Member, Site, Width
+from apportion.spaces.sites import CACHE, Cached, Member, Site, Width
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -131,6 +140,9 @@ def _assemble(model: nn.Module, description: Mapping[str, Any], tensors: dict[st
     missing = sorted(expected - covered)
     if missing:
         raise InvalidInput(f"tensors missing from {TENSORS}: {', '.join(missing[:3])}")
+    for entry in description.get(CACHES, []):  # only where some are packed
+        cached = Cached.from_json(entry[CACHE])
+        pack_cache(model, entry["name"], cached, parse_option(entry["option"]))
 
 
 def _drop(model: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,8 @@ from apportion.spaces.folding import Norm
 OutputForm = Literal["tensor", "tuple"]
 Side = Literal["out", "in", "groups", "whole"]
 LATER_OF_CUTS = ("narrowing", "heads", "keys")
+CACHE = "cache"
+"""A kind of site, and what its name has after that of its attention sub-block."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,32 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """What an attention sub-block hands to a key-value cache for each token.
+
+    Attributes:
+        keyword: of its forward, which takes the cache.
+        layer: number of the cache's layer.
+        heads: key-value heads.
+        key_channels: of each head.
+        value_channels: of each head.
+    """
+
+    keyword: str
+    layer: int
+    heads: int
+    key_channels: int
+    value_channels: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class Site:
     """A node of the tree block > sub-block > weight site, or a choice block.
 
@@ -244,8 +272,8 @@ class Site:
         name: module path; of a fused group the parent and its members
             ("model.layers.3.self_attn.q_proj+k_proj+v_proj"); of what is written back the
             parameter ("model.layers.0.mlp.experts.down_proj", whose members are the experts).
-        kind: "block", "attention", "mlp", "linear", "conv" or "choice"; "experts" of what stands
-            for a sub-block's experts among those that calibration watches.
+        kind: "block", "attention", "mlp", "linear", "conv", "choice" or "cache"; "experts" of what
+            stands for a sub-block's experts among those that calibration watches.
         members: the weights that share the option; empty for a structure site or choice block.
         parent: name of the innermost structure site around it, or None.
         output: what a structure site's module returns: a tensor, or a tuple that starts with one.
@@ -262,6 +290,7 @@ class Site:
             `[features]`, or `[channels, 1, 1]` of a convolutional one.
         unseen: why nobody sees what weights that are written back are multiplied with, or None.
         norm: what a weight site alone reads and can take in scales of its inputs, or None.
+        cache: of a cache what its attention hands to it ("model.layers.3.self_attn.cache").
     """
 
     name: str
@@ -279,10 +308,12 @@ class Site:
     unseen: str | None = None
     query_keys: Width | None = None
     norm: Norm | None = None
+    cache: Cached | None = None
 
     @property
     def is_structure(self) -> bool:
-        """Whether an option says what runs (keep or drop, op:NAME), not how weights are stored."""
+        """Whether an option says what runs (keep or drop, op:NAME, kNvM), not how weights are
+        stored."""
         return not self.members
 
     @property

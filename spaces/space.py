@@ -109,12 +109,17 @@ class Space:
 
     @cached_property
     def uniform_texts(self) -> tuple[str, ...]:
-        """What can be chosen everywhere: all options but dense, keep, drops and alternatives."""
+        """What can be chosen everywhere: all options but dense, keep, drops and alternatives.
+
+        What is chosen for caches leaves weights alone, and the other way round.
+        """
         found = dict.fromkeys(
             str(option)
             for row in self.options
             for option in row
-            if option.narrows or not (option.is_structure or str(option) == DENSE)
+            if option.narrows
+            or option.cache_bits
+            or not (option.is_structure or str(option) == DENSE)
         )
         return tuple(found)
 
@@ -171,11 +176,13 @@ class Space:
     def uniform(self, text: str, stored_bytes: Sequence[Mapping[str, int]]) -> Config:
         """`text` at every weight site that has it, the next dearer option elsewhere.
 
+        An option of caches is put on every cache that has it; weights stay dense then.
+
         A treatment, `cP%`, `vP%` or `qP%`, is put on every sub-block that has it; where none is,
         weight sites get what it does to narrowed weights, or the next dearer option.
 
         Args:
-            text: an option of weight sites or a treatment.
+            text: an option of weight sites, of caches, or a treatment.
             stored_bytes: for each site, option text -> bytes of the site stored so.
 
         Raises:
@@ -183,6 +190,8 @@ class Space:
         """
         option = parse_option(text)
         config = [0] * len(self.sites)
+        if option.cache_bits and text in self.uniform_texts:
+            return tuple(row.index(text) if text in row else 0 for row in self.texts)
         if option.narrows:
             treated = [place for place in self._structures if text in self.texts[place]]
             for place in treated:

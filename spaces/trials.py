@@ -67,8 +67,8 @@ def runner(call: Call) -> Run:
             return given + noise.to(given) * (float(given.std()) or 1)
         return given
 
-    args = [None if _is_cache(value) else value for value in call.args]
-    keywords = {n: None if _is_cache(value) else value for n, value in call.keywords.items()}
+    args = [None if is_cache(value) else value for value in call.args]
+    keywords = {n: None if is_cache(value) else value for n, value in call.keywords.items()}
     given = changed([args, keywords], prepared)
 
     def run(forward: Callable[..., Any]) -> Tensor:
@@ -83,5 +83,6 @@ def runner(call: Call) -> Run:
     return run
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
+    """Whether a value is a key-value cache of transformers."""
     return hasattr(value, "get_seq_length")

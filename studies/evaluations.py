@@ -8,6 +8,7 @@ import numpy as np
 
 from apportion.hashing import content_hash
 from apportion.spaces.choice import OPERATION
+from apportion.spaces.grammar import names_cache
 from apportion.spaces.space import DENSE, DROP, KEEP
 from apportion.studies.database.engine import DatabaseAway, at_once
 from apportion.studies.database.rows import Evaluation, Lease
@@ -49,12 +50,17 @@ class Naming:
     def key(self, configuration: Mapping[str, str], part: str, first: int, windows: int) -> str:
         """The content-addressed name of one evaluation."""
         chosen = {
-            site: text if text == DROP or text.startswith(OPERATION) else self.bank[site][text]
+            site: text if _is_plain(text) else self.bank[site][text]
             for site, text in configuration.items()
             if text not in (DENSE, KEEP)
         }
         surroundings = [EVALUATOR_VERSION, self.model, self.objective, self.numerics]
         return content_hash([*surroundings, self.data[part], first, windows, chosen])
+
+
+def _is_plain(text: str) -> bool:
+    """Whether an option says all by itself: the bank holds nothing of it."""
+    return text == DROP or text.startswith(OPERATION) or names_cache(text)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from apportion.errors import InvalidInput
 from apportion.spaces.grammar import parse_option
 from apportion.units import format_bytes, parse_bytes, parse_milliseconds
 
-PLAIN_KINDS = ("weight_bytes", "resident_bytes", "bits")
+CACHE_BYTES = "cache_bytes"
+PLAIN_KINDS = ("weight_bytes", "resident_bytes", "bits", CACHE_BYTES)
 WORST = "latency.worst"
 EXAMPLES = {"weight_bytes": "1.1 GB", "resident_bytes": "1.5 GB", "bits": "3.5"}
+EXAMPLES |= {CACHE_BYTES: "20 KB"}
 LATENCY_EXAMPLE = "900 ms"
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 RELATIVE = re.compile(rf"\s*({NUMBER})\s*x\s+(\S+)\s*")
@@ -23,7 +25,8 @@ class Limit:
     """An upper bound on one kind of cost: absolute, or relative to a uniform configuration.
 
     Attributes:
-        kind: "weight_bytes", "resident_bytes", "bits", "latency.DEVICE" or "latency.worst".
+        kind: "weight_bytes", "resident_bytes", "bits", "cache_bytes", "latency.DEVICE" or
+            "latency.worst".
         value: bytes, bits per weight or milliseconds; None where the limit is relative.
         factor: of the cost of the uniform configuration `unit`; None where it is absolute.
         unit: canonical option text ("dense", "w4g64"); None where the limit is absolute.
@@ -129,7 +132,7 @@ def _unit(kind: str, text: str, unit: str) -> str:
         option = parse_option(unit)
     except InvalidInput as error:
         raise InvalidInput(f"limits.{kind}: {error}") from error
-    if option.is_structure and not option.narrows:
+    if option.is_structure and not (option.narrows or option.cache_bits):
         raise InvalidInput(
             f'limits.{kind}: "{text}": a unit is one weight option for all sites, '
             "such as dense or w4g64"

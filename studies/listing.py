@@ -1,10 +1,14 @@
 """The sites of a model, for `apportion sites`."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from apportion.cost_models.cache_bytes import has_caches
 from apportion.errors import InvalidInput
+from apportion.spaces.caches import find_caches
 from apportion.spaces.discovery import Discovery, discover
 from apportion.spaces.sites import Site
 from apportion.spaces.space import Space
@@ -13,7 +17,7 @@ from apportion.studies.context import worker_spec
 from apportion.studies.home import Home
 from apportion.studies.specification import StudySpec
 from apportion.workers.sources import open_model
-from apportion.workers.spec import open_setting
+from apportion.workers.spec import Setting, open_setting
 
 PROBE_TOKENS = 8
 
@@ -30,7 +34,7 @@ def site_rows(source: str | StudySpec) -> list[SiteRow]:
     if isinstance(source, StudySpec):
         setting = open_setting(worker_spec(source, Home.find()))
         found = discover(setting.opened.model, setting.sample)
-        return _rows(found, setting.space)
+        return _rows(replace(found, sites=setting.sites), setting.space, _without_caches(setting))
     opened = open_model(source, "float32", Path.cwd())
     if not opened.is_causal_lm:
         raise InvalidInput(
@@ -38,10 +42,19 @@ def site_rows(source: str | StudySpec) -> list[SiteRow]:
             f'("apportion init {source}" writes one)'
         )
     ids = torch.ones((1, PROBE_TOKENS), dtype=torch.int64)
-    return _rows(discover(opened.model, {"input_ids": ids}), None)
+    return _rows(discover(opened.model, {"input_ids": ids}), None, {})
 
 
-def _rows(found: Discovery, space: Space | None) -> list[SiteRow]:
+def _without_caches(setting: Setting) -> Mapping[str, str]:
+    """Attention sub-blocks whose cache cannot be packed -> why; empty where no cache is a site."""
+    if not has_caches(setting.space):
+        return {}
+    return find_caches(setting.opened.model, setting.sample, setting.sites).refused
+
+
+def _rows(
+    found: Discovery, space: Space | None, without_caches: Mapping[str, str]
+) -> list[SiteRow]:
     rows = [
         SiteRow(
             name=site.name,
@@ -50,7 +63,7 @@ def _rows(found: Discovery, space: Space | None) -> list[SiteRow]:
             layers=len(site.members),
             weights=site.weights,
             options=_options(site, space),
-            note=_note(site, space, found),
+            note=_note(site, space, found, without_caches.get(site.name)),
         )
         for site in found.sites
     ]
@@ -68,11 +81,22 @@ def _options(site: Site, space: Space | None) -> list[str]:
     return list(space.texts[space.names[site.name]])
 
 
-def _note(site: Site, space: Space | None, found: Discovery) -> str:
+def _note(site: Site, space: Space | None, found: Discovery, no_cache: str | None) -> str:
+    told = _own_note(site, space, found)
+    return "; ".join(part for part in (told, no_cache and f"no kNvM: {no_cache}") if part)
+
+
+def _own_note(site: Site, space: Space | None, found: Discovery) -> str:
     if space is not None and site.name not in space.names:
         return "fixed: no entry of the space names it"
     if site.choices:
         return f"a choice block: runs one of {', '.join(site.choices)}"
+    if site.cache is not None:
+        cached = site.cache
+        return (
+            f"of each token {cached.heads} heads: {cached.key_channels} channels of keys, "
+            f"{cached.value_channels} of values"
+        )
     if notes := _width_notes(site, found):
         return "; ".join(notes)
     if site.optional:

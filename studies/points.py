@@ -1,6 +1,6 @@
 """What a report tells of one judged configuration."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -10,6 +10,7 @@ from apportion.search.problem import Config
 from apportion.spaces.grammar import Option
 from apportion.spaces.parts import kept_share
 from apportion.spaces.space import Space
+from apportion.studies.limits import CACHE_BYTES
 from apportion.studies.stages import confirm
 from apportion.studies.stages.confirm import Judged
 
@@ -27,6 +28,7 @@ def point_of(judged: Judged, space: Space) -> dict[str, Any]:
         "weight_bytes": round(candidate.costs["weight_bytes"]),
         "resident_bytes": round(candidate.costs["resident_bytes"]),
         "bits": candidate.costs["bits"],
+        **_cache_bytes(candidate.costs),
         "latency_ms": judged.latency_ms,
         "sparsity": _mean_share(space, candidate.config, _zeros, of_all=True),
         "rank": _mean_share(space, candidate.config, _kept_by_rank, of_all=False),
@@ -62,6 +64,11 @@ def option_of(judged: Judged | None) -> str | None:
         return None
     labels = [label for label in judged.labels if label.startswith("uniform:")]
     return labels[0].removeprefix("uniform:") if labels else None
+
+
+def _cache_bytes(costs: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of a token's keys and values; nothing where the space holds no cache."""
+    return {kind: costs[kind] for kind in (CACHE_BYTES,) if kind in costs}
 
 
 def _structure(space: Space, config: Config) -> tuple[dict[str, int], float]:

@@ -4,11 +4,13 @@ import shutil
 import time
 from typing import Any
 
+from apportion.cost_models.cache_bytes import cache_bytes, has_caches
 from apportion.cost_models.fingerprint import fingerprint, fingerprint_hash
 from apportion.cost_models.outlook import outlook
 from apportion.cost_models.requests import RequestItem
 from apportion.cost_models.static import bits, site_bytes, weight_bytes
 from apportion.errors import InvalidInput
+from apportion.kernels.packed_cache import GROUP
 from apportion.search.solvers.exact import infeasibility
 from apportion.spaces.batches import call, no_gradients
 from apportion.spaces.degenerate import check_finite
@@ -19,7 +21,7 @@ from apportion.studies.cli.records import CheckReport, Need, OperatorCount
 from apportion.studies.context import RANK_MULTIPLE, worker_spec
 from apportion.studies.database.store import Store
 from apportion.studies.home import Home
-from apportion.studies.limits import amount
+from apportion.studies.limits import CACHE_BYTES, amount
 from apportion.studies.pricing import Prices
 from apportion.studies.specification import StudySpec
 from apportion.studies.stages.discover import check_choices
@@ -51,6 +53,11 @@ def prepare(spec: StudySpec, home: Home, workers: int, display: Display) -> Sett
         if found.note:
             display.warning(found.note)
     check_choices(setting.space)
+    if has_caches(setting.space) and (spec.data.context or GROUP + 1) <= GROUP:
+        display.warning(
+            f"data.context: only tokens behind the first {GROUP} see rounded keys, so windows of "
+            f"{spec.data.context} tell nothing of what their bits lose"
+        )
     read_starts(spec, setting)
     check_finite(setting.opened.model, setting.space.sites)
     _check_limits(spec, setting)
@@ -128,6 +135,8 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
         "weight_bytes": weight_bytes(model, space, RANK_MULTIPLE),
         "bits": bits(model, space, RANK_MULTIPLE),
     }
+    if has_caches(space):
+        static[CACHE_BYTES] = cache_bytes(model, space, setting.sites)
     rows = {kind: cost.rows for kind, cost in static.items()}
     base = {kind: cost.base for kind, cost in static.items()}
     prices = Prices(space, rows, base, {}, uniform)
@@ -137,7 +146,7 @@ def _check_limits(spec: StudySpec, setting: Setting) -> None:
                 prices.unit(limit.unit)
             except InvalidInput as error:
                 raise InvalidInput(f"limits.{limit.kind}: {error}") from error
-        if limit.kind not in static:
+        if limit.kind not in static and limit.kind != CACHE_BYTES:
             continue
         found = infeasibility(prices.problem([limit], {}))
         if found is not None:

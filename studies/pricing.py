@@ -13,7 +13,7 @@ from apportion.search.problem import Config, Problem
 from apportion.spaces.grammar import parse_option
 from apportion.spaces.space import DENSE, Space
 from apportion.studies.database.rows import Layout
-from apportion.studies.limits import Limit
+from apportion.studies.limits import CACHE_BYTES, Limit
 
 Rows = NDArray[np.float64]
 WORST = "latency.worst"
@@ -115,6 +115,11 @@ class Prices:
 
     def limit_value(self, limit: Limit) -> float:
         """A limit in the unit of its kind. Raises InvalidInput with the key."""
+        if limit.kind == CACHE_BYTES and CACHE_BYTES not in self.rows:
+            raise InvalidInput(
+                f"limits.{CACHE_BYTES}: the space holds no cache; add a [[space]] entry with "
+                'sites = "cache:*" and options = ["keep", "k8v8", "k4v4"]'
+            )
         if limit.factor is None or limit.unit is None:
             if limit.value is None:
                 raise InvalidInput(f"limits.{limit.kind}: no value")

@@ -92,10 +92,11 @@ class WholeModels:
         configuration break a limit that is its own.
         """
         rows, space = self.prices.tables[device].rows, self.prices.space
-        # Alternatives of a choice block are programs of their own, of equal time or not.
+        by_time = [not (site.choices or site.cache) for site in space.sites]
+        # Alternatives of a choice block and caches are programs of their own, of equal time or not.
         return tuple(
             -1.0
             if space.void(config, place)
-            else float(option if space.sites[place].choices else rows[place, option])
+            else float(rows[place, option] if by_time[place] else option)
             for place, option in enumerate(config)
         )

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from apportion.errors import ApportionError, InvalidInput
 from apportion.spaces.apply import Dropped, bias_of
 from apportion.spaces.batches import call, main_tensor
+from apportion.spaces.caches import attention_of, pack_cache
 from apportion.spaces.choice import OPERATION, choice_at
+from apportion.spaces.grammar import parse_option
 from apportion.spaces.narrowing import shared_copy
-from apportion.spaces.sites import Site
+from apportion.spaces.sites import Cached, Site
 from apportion.spaces.space import DENSE, DROP, KEEP, Configuration, Space
 from apportion.spaces.views import parameter_at, set_parameter
 from apportion.workers.objectives import Objective, dense_loss, negative_log_likelihood
@@ -133,6 +136,7 @@ class Evaluator:
         }
         norms = (site.norm.paths for site in space.sites if site.norm is not None)
         self._parameters |= {p: parameter_at(self.model, p) for paths in norms for p in paths}
+        self._packings: dict[str, RemovableHandle] = {}
         self._biases = {path: bias_of(self.model, path) for path in self._layers}
 
     def _forward_without_cache(self) -> None:
@@ -146,7 +150,8 @@ class Evaluator:
         order, places = execution_order(
             self.model, blocks, modules, lambda: call(self.model, self._inputs(first))
         )
-        names = [*order, *(s.name for s in self.space.sites if s.is_structure)]
+        structures = [s.name for s in self.space.sites if s.is_structure and s.cache is None]
+        names = [*order, *structures]
         self._gates = {name: Gate(self.model.get_submodule(name)) for name in dict.fromkeys(names)}
         self._blocks = Blocks([self._gates[name] for name in order], self.budgets.prefixes)
         self._sites_of_block: list[list[str]] = [[] for _ in order]
@@ -269,6 +274,8 @@ class Evaluator:
                 continue
             if site.choices:
                 choice_at(self.model, site.name).select(option.removeprefix(OPERATION))
+            elif site.cache is not None:
+                self._pack_cache(site, site.cache, option)
             elif site.is_structure:
                 self._gates[site.name].replacement = self._replacement(site, option)
             elif site.written_back:
@@ -276,6 +283,13 @@ class Evaluator:
             else:
                 self._set_layers(site, option)
             self._current[site.name] = option
+
+    def _pack_cache(self, site: Site, cached: Cached, option: str) -> None:
+        if site.name in self._packings:
+            self._packings.pop(site.name).remove()
+        if option != KEEP:
+            packing = pack_cache(self.model, attention_of(site), cached, parse_option(option))
+            self._packings[site.name] = packing
 
     def _replacement(self, site: Site, option: str) -> nn.Module | None:
         """What runs in the place of a sub-block."""
@@ -310,6 +324,8 @@ class Evaluator:
 
 
 def _modules(site: Site) -> list[str]:
+    if site.cache is not None:
+        return [attention_of(site)]
     return [site.name] if site.is_structure else [member.module for member in site.members]
 
 

@@ -11,6 +11,7 @@ import torch
 from apportion.errors import InvalidInput
 from apportion.spaces.bank import Bank
 from apportion.spaces.batches import Batch, call, main_tensor, no_gradients
+from apportion.spaces.caches import named_caches
 from apportion.spaces.discovery import discover
 from apportion.spaces.entries import Entry, build_space
 from apportion.spaces.sites import Site
@@ -105,6 +106,8 @@ def open_setting(spec: WorkerSpec) -> Setting:
     _try(opened, sample)
     sites = discover(opened.model, sample).sites
     entries = [_entry(fields) for fields in spec["space"]]
+    if (caches := named_caches(opened.model, sample, sites, entries)) is not None:
+        sites = caches.among(sites)
     space = build_space(sites, entries, spec["rank_multiple"])
     return Setting(opened, sites, space, objective, open_part, sample)
 

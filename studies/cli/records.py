@@ -120,6 +120,8 @@ class Point(TypedDict):
     loss_error: float | None
     weight_bytes: int
     latency_ms: dict[str, Latency]
+    cache_bytes: NotRequired[float]
+    """Of keys and values, for each token of context; only where a cache is a site."""
     bits: float
     sparsity: float
     """Share of the remaining sites' weights that is zero."""

@@ -29,7 +29,8 @@ def show_front(display: Display, report: Report) -> None:
     latency = [f"latency {d} ms" if len(devices) > 1 else "latency ms" for d in devices]
     columns = ["", "#", f"held-out {report['loss']}", *latency]
     widths = ["width"] if any(point.get("width") for point in points) else []
-    columns += ["size MB", "bits", "sparsity", "rank", *widths, "dropped"]
+    caches = ["cache B"] if any("cache_bytes" in point for point in points) else []
+    columns += ["size MB", *caches, "bits", "sparsity", "rank", *widths, "dropped"]
     rows = [_front_row(point, devices, report["winner"]) for point in report["front"]]
     rows += [_front_row(u, devices, None, f"u {u['option']}") for u in report["uniform"]]
     if not widths:
@@ -48,6 +49,7 @@ def _front_row(
         with_error(point["loss_heldout"], point["loss_error"]),
         *(_milliseconds(point["latency_ms"].get(device)) for device in devices),
         f"{point['weight_bytes'] / 1e6:.3g}",
+        *([f"{point['cache_bytes']:.4g}"] if "cache_bytes" in point else []),
         f"{point['bits']:.2f}",
         _percent(point["sparsity"]),
         _percent(point["rank"]),

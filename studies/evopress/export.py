@@ -33,8 +33,8 @@ def export(chosen: Chosen, folder: Path) -> None:
 
     Raises:
         InvalidInput: an option of the point is no number of bits, two have the same number, a
-            drop is none that EvoPress knows or leaves a constant, or another alternative than the
-            first was chosen.
+            drop is none that EvoPress knows or leaves a constant, another alternative than the
+            first was chosen, or a cache is packed.
     """
     configuration = chosen.context.setting.space.canonical(chosen.point["configuration"])
     sites = chosen.context.setting.sites
@@ -54,12 +54,14 @@ def export(chosen: Chosen, folder: Path) -> None:
 
 def check_words(configuration: Mapping[str, str], space: Space) -> None:
     """Refuse what the formats have no word for: another alternative of a choice block than the
-    first, which is the model's, and a constant in place of what is dropped. Raises InvalidInput.
+    first, which is the model's, packed caches, and a constant in place of what is dropped. Raises
+    InvalidInput.
     """
     neutral = space.canonical({})
     for site in space.sites:
         chosen = configuration[site.name]
-        if chosen == DROP_MEAN or (site.choices and chosen != neutral[site.name]):
+        is_other = (site.choices or site.cache) and chosen != neutral[site.name]
+        if chosen == DROP_MEAN or is_other:
             raise InvalidInput(
                 f'{site.name}: EvoPress has no level for "{configuration[site.name]}"; '
                 "name another point with --trial, or export a folder of ours with --to"

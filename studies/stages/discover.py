@@ -51,12 +51,14 @@ def check_choices(space: Space) -> None:
 
 def summary(space: Space) -> str:
     """ "42 sites: 24 weight sites (42 linear layers), 12 sub-blocks, 6 blocks · 13 options"."""
-    names = {"block": "block", "choice": "choice block"}
+    names = {"block": "block", "choice": "choice block", "cache": "cache"}
     kinds = Counter(names.get(s.kind, "sub-block") for s in space.sites if s.is_structure)
     layers = sum(len(site.members) for site in space.sites)
     parts = [f"{len(space.weight_sites)} weight sites ({layers} layers)"]
     parts += [
-        f"{kinds[kind]} {kind}s" for kind in ("sub-block", "block", "choice block") if kinds[kind]
+        f"{kinds[kind]} {kind}s"
+        for kind in ("sub-block", "block", "choice block", "cache")
+        if kinds[kind]
     ]
     options = len({text for row in space.texts for text in row})
     return f"{len(space.sites)} sites: {', '.join(parts)} · {options} options"

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from apportion.cost_models.cache_bytes import cache_bytes, has_caches
 from apportion.cost_models.fingerprint import doubt, fingerprint, fingerprint_hash
 from apportion.cost_models.profile import Profile, measure_profile
 from apportion.cost_models.recorded import read_recorded
@@ -17,6 +18,7 @@ from apportion.spaces.space import Config, Space
 from apportion.studies.cli.display import Stage
 from apportion.studies.context import RANK_MULTIPLE, Context, Output, worker_spec
 from apportion.studies.evaluations import Stopped
+from apportion.studies.limits import CACHE_BYTES
 from apportion.studies.pricing import Prices, latency_kind
 from apportion.studies.specification.sections import Device
 from apportion.studies.starts import Start, without_starts
@@ -174,6 +176,8 @@ def prices(context: Context, output: Output) -> Prices:
         "resident_bytes": resident_cost(model, space, first.implementations, RANK_MULTIPLE),
         "bits": bits(model, space, RANK_MULTIPLE),
     }
+    if has_caches(space):
+        static[CACHE_BYTES] = cache_bytes(model, space, context.setting.sites)
     tables = {name: _table(profile, space) for name, profile in profiles.items()}
     rows = {kind: cost.rows for kind, cost in static.items()}
     base = {kind: cost.base for kind, cost in static.items()}

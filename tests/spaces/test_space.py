@@ -118,7 +118,7 @@ def test_build_space_options_of_another_kind_are_told(sites):
         'space[1].sites: "*.down_proj" names only sites that no option here is for; '
         "keep, drop and drop:mean are for blocks and sub-blocks, cP% for those of them whose width "
         "can change, vP% for attention whose values can, qP% where queries and keys can (apportion "
-        "sites), op:NAME for choice blocks, all others for weights"
+        "sites), op:NAME for choice blocks, kNvM for caches, all others for weights"
     )
 
 

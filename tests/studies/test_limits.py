@@ -17,6 +17,8 @@ from apportion.studies.limits import Limit, limit_problems, parse_limit
         ("latency.worst", "0.8x bf16", Limit("latency.worst", factor=0.8, unit="bf16")),
         ("weight_bytes", "1 x w4g64", Limit("weight_bytes", factor=1.0, unit="w4g64")),
         ("bits", "3.5", Limit("bits", value=3.5)),
+        ("cache_bytes", "20 KB", Limit("cache_bytes", value=20e3)),
+        ("cache_bytes", "1x k4v4", Limit("cache_bytes", factor=1.0, unit="k4v4")),
         ("bits", 4, Limit("bits", value=4.0)),
     ],
 )
@@ -39,6 +41,7 @@ def test_parse_limit_readable(kind: str, text: str, limit: Limit) -> None:
         ("latency.here", "0x dense", "must be above zero"),
         ("latency.here", "1x drop", "a unit is one weight option for all sites"),
         ("latency.here", "1x w4q64", "w4q64"),
+        ("cache_bytes", "1x k5v5", "keys and values of a cache have 2, 3, 4, 8 bits"),
         ("weight_bytes", "-1 GB", "is no quantity"),
     ],
 )

@@ -84,3 +84,42 @@ def test_sites_say_why_nobody_sees_what_a_matrix_is_multiplied_with(tmp_path: Pa
         "0.weight_hh_l0": f"{told}, no input statistics: GRU multiplies by it where nobody sees "
         "what with",
     }
+
+
+GEMMA = """
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+def model():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=40, vocab_size=96, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=4)
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads))
+
+def data(part):
+    draw = torch.Generator().manual_seed(len(part))
+    return [{"input_ids": torch.randint(1, 96, (2, 12), generator=draw)}]
+"""
+
+
+def test_sites_say_which_caches_can_be_packed_and_why_not_where_not(tmp_path: Path) -> None:
+    (tmp_path / "gemma.py").write_text(GEMMA)
+    source = f"python:{tmp_path / 'gemma.py'}"
+    spec = StudySpec(
+        study={"name": "gemma"},
+        model={"source": f"{source}:model"},
+        data={"source": f"{source}:data"},
+        space=[{"sites": ["cache:*"], "options": ["k8v8"]}],
+        limits={"cache_bytes": "0.9x dense"},
+    )
+    rows = {row["name"]: row for row in site_rows(spec)}
+    assert [name for name, row in rows.items() if row["kind"] == "cache"] == [
+        "model.layers.1.self_attn.cache"
+    ]
+    found = rows["model.layers.1.self_attn.cache"]
+    assert (found["parent"], found["options"]) == ("model.layers.1.self_attn", ["keep", "k8v8"])
+    assert found["note"] == "of each token 2 heads: 8 channels of keys, 8 of values"
+    assert rows["model.layers.0.self_attn"]["note"].endswith(
+        "no kNvM: transformers keeps its tokens in a DynamicSlidingWindowLayer, not in a "
+        "DynamicLayer"
+    )

@@ -108,3 +108,8 @@ def test_tightening_takes_from_what_is_above_the_base(prices: Prices) -> None:
 def test_unknown_unit_names_the_key_and_the_units(prices: Prices) -> None:
     with pytest.raises(InvalidInput, match="limits.weight_bytes: .*units here: dense, bf16, w4"):
         prices.limit_value(parse_limit("weight_bytes", "1x w8"))
+
+
+def test_limit_on_cache_bytes_without_a_cache_says_what_to_add(prices: Prices) -> None:
+    with pytest.raises(InvalidInput, match=r'limits.cache_bytes: .*sites = "cache:\*"'):
+        prices.problem([parse_limit("cache_bytes", "0.5x dense")], {})

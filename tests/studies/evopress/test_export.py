@@ -4,7 +4,7 @@ import pytest
 
 from apportion.errors import InvalidInput
 from apportion.spaces.grammar import parse_option
-from apportion.spaces.sites import Site
+from apportion.spaces.sites import Cached, Site
 from apportion.spaces.space import Space
 from apportion.studies.evopress.export import bit_levels, check_words
 
@@ -34,3 +34,13 @@ def test_a_constant_in_place_of_a_sub_block_has_no_word() -> None:
     check_words({"mlp": "drop"}, space)
     with pytest.raises(InvalidInput, match='mlp: EvoPress has no level for "drop:mean"'):
         check_words({"mlp": "drop:mean"}, space)
+
+
+def test_a_packed_cache_has_no_word() -> None:
+    cached = Cached("past_key_values", 0, 1, 8, 8)
+    sites = (Site("attention", "attention"), Site("attention.cache", "cache", cache=cached))
+    options = [tuple(map(parse_option, texts)) for texts in (("keep", "drop"), ("keep", "k4v4"))]
+    space = Space(sites, tuple(options))
+    check_words({"attention": "drop", "attention.cache": "keep"}, space)
+    with pytest.raises(InvalidInput, match='attention.cache: EvoPress has no level for "k4v4"'):
+        check_words({"attention": "keep", "attention.cache": "k4v4"}, space)
