@@ -12,13 +12,17 @@ HEADS = ("c75%", "c50%", "c25%")
 """The four heads of a layer, one, two or three fewer."""
 CHANNELS = tuple(f"c{percent}%" for percent in (90, 75, 60, 50, 40, 25))
 DROPS = ("keep", "drop")
-COMPOSED = ("s50%:sparsegpt+w4g64:gptq", "r50%")
+COMPOSED = ("s50%:sparsegpt+w4g64:gptq", "r50%",
+            *(f"w{bits}g64:gptq+o0.5%" for bits in (5, 4, 3)))  # fmt: skip
+"""Outliers kept dense are sparsity composed with bits: steps of an eighth of a bit."""
 COMPOSED_HEADS = ("c75%+w8", "c75%+w4:gptq", "c50%+w4:gptq")
 """64 does not divide the inputs that three heads give."""
 COMPOSED_VALUES = (*(f"v85%+w{bits}g32:gptq" for bits in (6, 5)),
-                   *(f"v70%+w{bits}g64:gptq" for bits in (6, 5, 4)), "v50%+w4g32:gptq")  # fmt: skip
+                   *(f"v70%+w{bits}g64:gptq" for bits in (6, 5, 4, 3)),
+                   *(f"v50%+w{bits}g32:gptq" for bits in (4, 3)))  # fmt: skip
 """The outputs of four heads are inputs of the output layer: 160, 128 and 96."""
-COMPOSED_CHANNELS = ("c75%+w8", "c75%+w4g64:gptq", "c75%+w3g64:gptq", "c50%+w4g64:gptq")
+COMPOSED_CHANNELS = ("c75%+w8", *(f"c87.5%+w{bits}g64:gptq" for bits in (4, 3)),
+                     *(f"c75%+w{bits}g64:gptq" for bits in (4, 3)), "c50%+w4g64:gptq")  # fmt: skip
 
 Entry = dict[str, Any]
 

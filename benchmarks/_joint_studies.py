@@ -29,7 +29,7 @@ from apportion.studies.stages import profile
 
 SPACES = AXES | {"joint": JOINT}
 SEEDS = (0, 1, 2)
-TOKENS = 1_500_000
+TOKENS = 2_000_000
 WINDOWS = 64  # the full search slice
 HELDOUT = 8_192  # tokens
 LOOSE = {"weight_bytes": "1x dense", "latency.here": "1.25x dense"}

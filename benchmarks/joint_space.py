@@ -19,9 +19,9 @@ Assumptions. The shipped model. One study for each (space, seed), of the same to
 Ceiling.     The joint space holds all options of bits and drops, and width, sparsity and rank where
              they compose: no search is better than its loss table, which the same tokens must
              make for more options, and its front has one more dimension to fill. At KL below that
-             of one dropped sub-block nothing but bits and fewer value dimensions is of use: there
-             it can be little better, and each of many level points has one chance in 44 to seem
-             worse by 2 errors.
+             of one dropped sub-block nothing but bits, outliers and fewer value dimensions is of
+             use: there it can be little better, and each of many level points has one chance in
+             44 to seem worse by 2 errors.
              An axis without latency credit (sparsity) has no volume.
 Claims.      The joint front has the larger hypervolume than each axis'. No point of an axis' front,
              inside the reference box, is unmatched. Told beside it: how many the joint front
