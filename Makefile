@@ -29,4 +29,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal -q
