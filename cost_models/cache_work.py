@@ -56,7 +56,10 @@ class CacheWork:
         return replace(self, format=None) if self.context else None
 
     def call(self) -> Call:
-        """Add the tokens, and forget them again. To be called without gradients."""
+        """Add the tokens, and forget them again. To be called without gradients.
+
+        It returns the keys and values that attention is given.
+        """
         keys, values = self._random(self.context)
         new_keys, new_values = self._random(self.tokens)
         if self.format is None:
@@ -64,9 +67,10 @@ class CacheWork:
         packed, context = PackedCache(self.format, keys, values), self.context
         packed.update(keys, values)
 
-        def once() -> None:
-            packed.update(new_keys, new_values)
+        def once() -> tuple[torch.Tensor, torch.Tensor]:
+            attended = packed.update(new_keys, new_values)
             packed.crop(context)
+            return attended
 
         return once
 

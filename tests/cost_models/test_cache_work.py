@@ -75,5 +75,7 @@ def test_only_cached_tokens_are_work_to_a_dense_cache():
 def test_work_can_be_done_again_and_again(context):
     cached = Cached("past_key_values", 0, 2, 8, 8)
     call = CacheWork(CacheFormat(4, 2), cached, 3, context, 1, "bfloat16").call()
-    for _ in range(3):
-        call()
+    shapes = [[tuple(each.shape) for each in call()] for _ in range(3)]
+    assert shapes[1:] == shapes[:1] * 2
+    _, (batch, heads, tokens, channels) = shapes[0]
+    assert (batch, heads, channels) == (3, 2, 8) and tokens >= context + 1
